@@ -1,0 +1,404 @@
+"""The transformer of DiT and SiT, a small network for 2-D points, the VAE codec, and checkpoints.
+
+`python models.py` prints parameters and GFLOPs of every configuration.
+"""
+import argparse
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# depth, width, heads (DiT, Table 1; T is ours, for scikit-learn's 8x8 digits)
+SIZES = {"T": (4, 64, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+NAMES = [f"{kind}-{size}/{patch}" for kind in ("DiT", "SiT") for size in SIZES for patch in (2, 4, 8)] + ["MLP"]
+
+BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # DiT's forward process, t = 0..999
+ALPHA_BARS = torch.cumprod(1 - BETAS, 0)
+
+
+def create_model(name, *, input_size, in_channels, num_classes, scale_aware=False, empty_class=True, freq_divisor=127,
+                 kind="SiT"):
+    """The network that `name` stands for, with DiT's initialisation.
+
+    name: "{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}" or "MLP" (points as images of 1x1 pixel; input_size 1).
+    input_size, in_channels: of x, that is of the latents where there is a VAE.
+    num_classes: real classes; label num_classes is the empty class.
+    scale_aware: the network also takes the guidance scale w (Eq. 21).
+    empty_class: False reserves no embedding for the empty class (Eq. 23).
+    freq_divisor: t is embedded at frequencies 10000^(-i/freq_divisor), i = 0..127. diffusers' DiT has 127, the public
+        DiT, SiT and REPA files were trained with 128. New models take 127, so that they can go to diffusers unchanged.
+    kind: "DiT" or "SiT", what an MLP is trained as; other names say it themselves.
+    ValueError for an unknown name, or an input_size that the patches don't divide.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
+    common = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes,
+              "scale_aware": scale_aware, "empty_class": empty_class, "freq_divisor": freq_divisor}
+    if name == "MLP":
+        return MLP(kind=kind, **common)
+    kind, size, patch = name.replace("/", "-").split("-")
+    if input_size % int(patch):
+        raise ValueError(f"model {name} needs an input size that {patch} divides, not {input_size}")
+    depth, width, heads = SIZES[size]
+    return Transformer(depth, width, heads, int(patch), kind=kind, learn_sigma=kind == "DiT", **common)
+
+
+class ScalarEmbedder(nn.Module):
+    """t (and w, in scale-aware models) as 256 sines and cosines, then a two-layer network: (N,) -> (N, width)."""
+
+    def __init__(self, width, freq_divisor):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("freqs", frequencies(freq_divisor), persistent=False)  # DiT's files don't have it
+
+    def forward(self, s):
+        args = s[:, None].float() * self.freqs
+        return self.mlp(torch.cat([args.cos(), args.sin()], 1).to(self.mlp[0].weight.dtype))
+
+
+def frequencies(divisor):
+    """10000^(-i/divisor), i = 0..127, float32."""
+    return torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / divisor)
+
+
+class Conditioning(nn.Module):
+    """What every network here has: its public attributes, and c = embed(t) + embed(y) [+ embed(w)]."""
+
+    def __init__(self, width, kind, learn_sigma, input_size, in_channels, num_classes, scale_aware, empty_class,
+                 freq_divisor):
+        super().__init__()
+        self.kind, self.learn_sigma, self.input_size, self.in_channels = kind, learn_sigma, input_size, in_channels
+        self.num_classes, self.scale_aware, self.empty_class = num_classes, scale_aware, empty_class
+        self.freq_divisor = freq_divisor
+        self.t_embedder = ScalarEmbedder(width, freq_divisor)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + empty_class, width)})
+        if scale_aware:
+            self.w_embedder = ScalarEmbedder(width, freq_divisor)
+
+    def condition(self, t, y, w):
+        """t (N,), y (N,), w (N,), number or None -> (N, width). w None is 1: guidance off."""
+        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        if self.scale_aware:
+            w = torch.as_tensor(1.0 if w is None else w, dtype=torch.float32, device=t.device)
+            c = c + self.w_embedder(w.expand(len(t)))
+        elif w is not None:
+            raise ValueError("w is an input of scale-aware models only; this network was trained at one scale")
+        return c
+
+    def initialize(self):
+        """Everything but the zero-initialised outputs: Xavier for linear layers, N(0, 0.02) for embeddings (DiT)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if self.scale_aware:  # w has no effect until it is learnt: starts as, or from, a model without it
+            nn.init.normal_(self.w_embedder.mlp[0].weight, std=0.02)
+            nn.init.zeros_(self.w_embedder.mlp[2].weight)
+
+
+class Block(nn.Module):
+    """A transformer block whose scales, shifts and gates come from the condition, all zero at first (adaLN-Zero)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)  # (N, 1, D) each
+        h = modulate(x, shift1, scale1)                                                            # (N, T, D)
+        q, k, v = self.attn.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (N, heads, T, D/heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)                     # (N, T, D)
+        x = x + gate1 * self.attn.proj(h)
+        h = self.mlp.fc1(modulate(x, shift2, scale2))                                              # (N, T, 4D)
+        return x + gate2 * self.mlp.fc2(F.gelu(h, approximate="tanh"))
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights of its own, then the condition's: (N, T, D), (N, 1, D), (N, 1, D) -> (N, T, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Transformer(Conditioning):
+    """DiT (Peebles & Xie 2023); SiT (Ma et al. 2024) is the same network without the variance channels.
+
+    forward(x, t, y, w=None): x (N, C, H, W); t (N,), DiT: integers 0..999, SiT: [0, 1], larger is noisier in both;
+    y (N,) int64, num_classes is the empty class; w (N,) or number, scale-aware models only.
+    -> DiT (N, 2C, H, W): eps, then the variance interpolation; SiT (N, C, H, W): v = eps - x_0.
+    """
+
+    def __init__(self, depth, width, heads, patch, **common):
+        super().__init__(width, **common)
+        self.patch = patch
+        self.out_channels = self.in_channels * (2 if self.learn_sigma else 1)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(self.in_channels, width, patch, stride=patch)})
+        self.register_buffer("pos_embed", position_embedding(width, self.input_size // patch))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.final_layer = nn.ModuleDict({
+            "linear": nn.Linear(width, patch * patch * self.out_channels),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
+        self.initialize()
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: as the linear layer that it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1],
+                                                                           self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x, t, y, w=None):
+        height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed                    # (N, T, D)
+        c = self.condition(t, y, w)                                                                # (N, D)
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
+        x = self.final_layer.linear(modulate(x, shift, scale))                                     # (N, T, patch*patch*C)
+        x = x.unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, self.out_channels))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                             # (N, C, H, W)
+
+
+def position_embedding(width, grid):
+    """Fixed 2-D sines and cosines, column then row (MAE's order): (1, grid*grid, width) float32."""
+    freqs = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * freqs                              # (grid, width/4)
+    table = torch.cat([angles.sin(), angles.cos()], 1)                                             # (grid, width/2)
+    return torch.cat([table.repeat(grid, 1), table.repeat_interleave(grid, 0)], 1).float()[None]
+
+
+class MLP(Conditioning):
+    """For 2-D points: x (N, 2, 1, 1) -> (N, 2, 1, 1), three hidden layers of 128. t as the training script gives it."""
+
+    def __init__(self, width=128, **common):
+        super().__init__(width, learn_sigma=False, **common)
+        self.inp = nn.Linear(self.in_channels * self.input_size ** 2, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, self.inp.in_features)
+        self.initialize()
+
+    def forward(self, x, t, y, w=None):
+        c = self.condition(t, y, w)
+        h = self.inp(x.flatten(1))
+        for layer in self.hidden:
+            h = F.silu(layer(h + c))
+        return self.out(h).view_as(x)
+
+
+# ---------------------------------------------------------------- the VAE codec
+
+def load_vae(name, device="cpu"):
+    """diffusers' AutoencoderKL from a hub name or a local folder, frozen. ValueError if it can't be had."""
+    from diffusers import AutoencoderKL
+    try:
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--vae {name}: not a folder or hub name of an AutoencoderKL "
+                         f"({str(e).strip().splitlines()[0]})") from None
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """(N, 3, H, W) in [-1, 1] -> mean and std (N, c, h, w) of the scaled latents; a latent is mean + std * normal."""
+    posterior = vae.encode(images).latent_dist
+    return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae, latents):
+    """Scaled latents (N, c, h, w) -> images (N, 3, H, W), about [-1, 1]."""
+    return vae.decode(latents / vae.config.scaling_factor).sample
+
+
+# ---------------------------------------------------------------- checkpoints
+# Ours: {"config": plain values, "step": int, "model": state dict, "ema": state dict, "optimizer": state dict}.
+
+def save_checkpoint(path, state):
+    """Writes a dict as a file that is either whole or not there: temporary name, fsync, rename."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path):
+    """The file as tensors and plain values; no code in it is run. ValueError of one line if that is impossible."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script pickles its flags
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: not a checkpoint, or one with code in its pickle, which is never run") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise ValueError(f"{path}: truncated, or not a checkpoint") from None
+
+
+def load_checkpoint(path, *, weights="ema", device="cpu"):
+    """A network ready to sample with, and the configuration that it was trained with: (model in eval mode, dict).
+
+    path: our ckpt.pt; a public file of DiT, SiT, REPA or MG (see from_public); or a folder that diffusers' DiTPipeline loads.
+    weights: "ema" or "model". ValueError of one line for a file that is missing, torn, foreign or unsafe.
+    """
+    if Path(path).is_dir():
+        state, config = from_diffusers(Path(path))
+    else:
+        checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{path}: not a checkpoint")
+        if "config" in checkpoint and weights in checkpoint:
+            state, config = checkpoint[weights], checkpoint["config"] | {"step": checkpoint["step"]}
+        else:
+            state, config = from_public(checkpoint, weights, path)
+    keys = "input_size", "in_channels", "num_classes", "scale_aware", "empty_class", "freq_divisor", "kind"
+    try:
+        with torch.device("meta"):  # no time lost on an initialisation that is then overwritten
+            model = create_model(config["model"], **{key: config[key] for key in keys})
+        model.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path}: not a whole checkpoint ({str(e).strip().splitlines()[-1].strip()[:200]})") from None
+    for embedder in model.modules():
+        if isinstance(embedder, ScalarEmbedder):
+            embedder.freqs = frequencies(model.freq_divisor)  # the one thing that isn't in the file
+    return model.float().to(device).eval().requires_grad_(True), config
+
+
+def from_public(checkpoint, weights, path):
+    """The state dict and configuration of a public file; sizes are read from the tensors, DiT or SiT from the file's name.
+
+    DiT's and SiT's files are bare state dicts, their training scripts write {"model", "ema", "opt", "args"}, REPA and MG
+    {"ema", ...}. REPA's and MG's SiT have our convention and no second half of the channels. SiT's own have both otherwise:
+    its t runs from noise to data, t' = 1 - t, and its v' = x_0 - eps = -v. Both are linear in a weight, so the weights are
+    changed here and nothing else needs to know.
+    """
+    nested = isinstance(checkpoint.get("ema"), dict)
+    state = checkpoint.get(weights) if nested else checkpoint
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: not a checkpoint with {weights} weights")
+    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}  # REPA's alignment heads
+    try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])
+        halves = len(state["final_layer.linear.weight"]) / (patch ** 2 * channels)
+    except (KeyError, ValueError):
+        raise ValueError(f"{path}: not a checkpoint of DiT, SiT, REPA or MG") from None
+    depth = sum(key.endswith(".attn.qkv.weight") for key in state)
+    size = next((size for size, (d, w, _) in SIZES.items() if (d, w) == (depth, width)), None)
+    if size is None or halves not in (1, 2):
+        raise ValueError(f"{path}: {depth} blocks of width {width} with {halves:g} x {channels} output channels are no known size")
+    hint = f"{getattr(checkpoint.get('args'), 'model', '') if nested else ''} {Path(path).name}".lower()
+    kinds = [kind for kind in ("DiT", "SiT") if kind.lower() in hint] if halves == 2 else ["SiT"]
+    if len(kinds) != 1:
+        raise ValueError(f"{path}: DiT's and SiT's files look alike; have exactly one of DiT and SiT in the file's name")
+    if kinds[0] == "SiT" and halves == 2:
+        freqs = frequencies(128)
+        cos, sin = state["t_embedder.mlp.0.weight"].float().chunk(2, 1)                            # (D, 128) each
+        # cos f(1-t) = cos f cos ft + sin f sin ft, and sin f(1-t) = sin f cos ft - cos f sin ft
+        turned = torch.cat([cos * freqs.cos() + sin * freqs.sin(), cos * freqs.sin() - sin * freqs.cos()], 1)
+        keep = torch.arange(2 * channels * patch ** 2).view(patch ** 2, 2, channels)[:, 0].flatten()  # not the unused half
+        state = state | {"t_embedder.mlp.0.weight": turned} | {
+            f"final_layer.linear.{name}": -state[f"final_layer.linear.{name}"][keep] for name in ("weight", "bias")}
+    return state, {"model": f"{kinds[0]}-{size}/{patch}", "kind": kinds[0], "input_size": round(tokens ** 0.5) * patch,
+                   "in_channels": channels, "num_classes": rows - 1, "empty_class": True, "scale_aware": False,
+                   "freq_divisor": 128, "vae": "stabilityai/sd-vae-ft-ema" if channels == 4 else "none", "w": None,
+                   "step": None}
+
+
+# ---------------------------------------------------------------- to and from diffusers' DiTPipeline
+
+def diffusers_names(depth):
+    """[(our layer, its names there, which third of it)]: linear layers, with a weight and a bias each."""
+    embedder = "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_{}"  # a copy in every block
+    pairs = [("x_embedder.proj", ["pos_embed.proj"], None), ("final_layer.linear", ["proj_out_2"], None),
+             ("final_layer.adaLN_modulation.1", ["proj_out_1"], None),
+             ("t_embedder.mlp.0", [embedder.format(i, 1) for i in range(depth)], None),
+             ("t_embedder.mlp.2", [embedder.format(i, 2) for i in range(depth)], None)]
+    for i in range(depth):
+        pairs += [(f"blocks.{i}.{ours}", [f"transformer_blocks.{i}.{theirs}"], third) for ours, theirs, third in (
+            ("adaLN_modulation.1", "norm1.linear", None), ("attn.qkv", "attn1.to_q", 0), ("attn.qkv", "attn1.to_k", 1),
+            ("attn.qkv", "attn1.to_v", 2), ("attn.proj", "attn1.to_out.0", None), ("mlp.fc1", "ff.net.0.proj", None),
+            ("mlp.fc2", "ff.net.2", None))]
+    return pairs
+
+
+def save_diffusers(model, config, vae, folder):
+    """Writes a folder that `diffusers.DiTPipeline.from_pretrained(folder)` loads, with DDIM as in sample.py.
+
+    ValueError where diffusers has no such network or pipeline: it can't do without a VAE.
+    """
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    if model.kind != "DiT" or not isinstance(model, Transformer) or model.scale_aware or not model.empty_class:
+        raise ValueError(f"--to-diffusers {folder}: diffusers' DiTPipeline takes a DiT with an empty class and no w input")
+    if vae is None:
+        raise ValueError(f"--to-diffusers {folder}: this checkpoint works on pixels, and DiTPipeline ends with a VAE; give --vae")
+    if Path(folder).exists():
+        raise ValueError(f"--to-diffusers {folder}: exists already; name a new folder")
+    state, depth, heads = model.state_dict(), len(model.blocks), model.blocks[0].heads
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=state["pos_embed"].shape[2] // heads, in_channels=model.in_channels,
+        out_channels=model.out_channels, num_layers=depth, sample_size=model.input_size, patch_size=model.patch,
+        num_embeds_ada_norm=model.num_classes, norm_eps=1e-6)
+    new = {f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight":
+           state["y_embedder.embedding_table.weight"] for i in range(depth)}
+    for ours, names, third in diffusers_names(depth):
+        for part in "weight", "bias":
+            value = state[f"{ours}.{part}"]
+            new |= {f"{name}.{part}": value if third is None else value.chunk(3)[third] for name in names}
+    transformer.load_state_dict(new)
+    scheduler = DDIMScheduler(1000, float(BETAS[0]), float(BETAS[-1]), "linear", clip_sample=False, timestep_spacing="trailing")
+    temporary = Path(f"{folder}.tmp")
+    DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler).save_pretrained(temporary)
+    (temporary / "mg.json").write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(temporary, folder)
+
+
+def from_diffusers(folder):
+    """The state dict and configuration of such a folder, ours (with its mg.json) or anybody's."""
+    from diffusers import DiTTransformer2DModel
+    try:
+        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", use_safetensors=True,
+                                                              local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError):
+        raise ValueError(f"{folder}: not a folder of diffusers' DiTPipeline with transformer/*.safetensors") from None
+    there, size = transformer.state_dict(), transformer.config
+    state = {"y_embedder.embedding_table.weight": there["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"],
+             "pos_embed": position_embedding(transformer.inner_dim, size.sample_size // size.patch_size)}
+    for ours, names, third in diffusers_names(size.num_layers):
+        for part in "weight", "bias":
+            parts = [state[f"{ours}.{part}"]] if third else []
+            state[f"{ours}.{part}"] = torch.cat([*parts, there[f"{names[0]}.{part}"]])
+    name = next((s for s, (d, w, _) in SIZES.items() if (d, w) == (size.num_layers, transformer.inner_dim)), None)
+    config = {"model": f"DiT-{name}/{size.patch_size}", "kind": "DiT", "input_size": size.sample_size,
+              "in_channels": size.in_channels, "num_classes": size.num_embeds_ada_norm, "empty_class": True,
+              "scale_aware": False, "freq_divisor": 128, "w": None, "step": None}  # others' are conversions of DiT's files
+    if (folder / "mg.json").exists():
+        config = json.loads((folder / "mg.json").read_text())
+    return state, config | {"vae": str(folder / "vae") if (folder / "vae").is_dir() else "none"}
+
+
+def main():
+    from torch.utils.flop_counter import FlopCounterMode
+    print("| model | parameters (M) | GFLOPs per pass (multiply-adds, 256x256 images as 32x32x4 latents) |\n|---|---|---|")
+    for name in NAMES[:-1]:
+        size = 8 if "-T/" in name else 32
+        with torch.device("meta"):
+            model = create_model(name, input_size=size, in_channels=1 if size == 8 else 4, num_classes=1000)
+            x, t, y = torch.empty(1, model.in_channels, size, size), torch.empty(1), torch.empty(1, dtype=torch.int64)
+            with FlopCounterMode(display=False) as counter:
+                model(x, t, y)
+        parameters = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()  # DiT counts the positions
+        print(f"| {name} | {parameters / 1e6:.2f} | {counter.get_total_flops() / 2e9:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""Samples from a checkpoint: `python sample.py CKPT --labels 3 7 --out grid.png`, or, on any number of GPUs,
+`torchrun -- sample.py CKPT --num 50000 --class-labels balanced --out samples.npz`.
+
+Conventions, here and in the train scripts: larger t is noisier. SiT: t in [0, 1], x_t = (1-t) x_0 + t eps, and the
+network predicts v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps. Guidance scale 1 is off, for cfg (here,
+two passes a step) and for w (trained, one pass). Label num_classes is the empty class. Images are NCHW in [-1, 1].
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from models import ALPHA_BARS, decode, load_checkpoint, load_vae, save_diffusers
+
+
+def predict(model, x, t, y, w, cfg, interval, noise_time):
+    """One network call, with classifier-free guidance (Eq. 9) where noise_time is in the interval: float64, as x.
+
+    x (N, C, H, W); t a number in the network's own units; noise_time the same in [0, 1]. Where the network also gives
+    variances (2C channels), they are the conditional ones: guidance acts on all of the first C channels and on no others.
+    """
+    t = torch.full((len(x),), t, device=x.device)
+    if w is None and getattr(model, "scale_aware", False):
+        w = 1.0
+    guided = cfg != 1 and interval[0] <= noise_time <= interval[1]
+    if not guided:
+        return model(x.float(), t, y, *(() if w is None else (w,))).double()
+    scale = () if w is None else (torch.tensor([w, 0.0], device=x.device).repeat_interleave(len(x)),)  # Eq. 22: (empty, 0)
+    cond, uncond = model(torch.cat([x, x]).float(), torch.cat([t, t]),
+                         torch.cat([y, torch.full_like(y, model.num_classes)]), *scale).double().chunk(2)
+    out, empty = cond[:, :x.shape[1]], uncond[:, :x.shape[1]]
+    return torch.cat([empty + cfg * (out - empty), cond[:, x.shape[1]:]], 1)                       # Eq. 9, cfg = 1 + its w
+
+
+# ---------------------------------------------------------------- SiT
+# The path (Eq. 4): x_t = (1-t) x_0 + t eps, v = eps - x_0. So eps = x_t + (1-t) v, and the score is -eps / t.
+
+def euler_maruyama(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None, progress=False):
+    """Reverse SDE dx = [v - (g^2/2) score] dt + g dW with g^2 = 2t, from t = 1 to 0.04, then one step to 0 without noise.
+
+    REPA's and the MG authors' schedule; `steps` network calls. x (N, C, H, W) standard normal -> x_0, float32.
+    """
+    x, times = x.double(), torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
+    for t, t_next in tqdm(list(itertools.pairwise(times)), "sampling", leave=False, disable=not progress):
+        v = predict(model, x, t, y, w, cfg, interval, t)
+        score = -(x + (1 - t) * v) / t
+        x = x + (v - t * score) * (t_next - t)                                                     # g^2/2 = t
+        if t_next > 0:
+            noise = randn() if randn else torch.randn_like(x)
+            x = x + (2 * t * (t - t_next)) ** 0.5 * noise
+    return x.float()
+
+
+def euler(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None, progress=False):
+    """dx = v dt from t = 1 to 0 in `steps` equal steps, one network call each. x (N, C, H, W) -> x_0, float32."""
+    x, times = x.double(), torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    for t, t_next in tqdm(list(itertools.pairwise(times)), "sampling", leave=False, disable=not progress):
+        x = x + predict(model, x, t, y, w, cfg, interval, t) * (t_next - t)
+    return x.float()
+
+
+def heun(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None, progress=False):
+    """Euler's step, then the mean of the slopes at its two ends; the last step is Euler's: 2 * steps - 1 network calls."""
+    x, times = x.double(), torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    for t, t_next in tqdm(list(itertools.pairwise(times)), "sampling", leave=False, disable=not progress):
+        v = predict(model, x, t, y, w, cfg, interval, t)
+        if t_next > 0:
+            v = (v + predict(model, x + v * (t_next - t), t_next, y, w, cfg, interval, t_next)) / 2
+        x = x + v * (t_next - t)
+    return x.float()
+
+
+# ---------------------------------------------------------------- DiT
+# The path (Eq. 1): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar = 1 below t = 0.
+
+def with_bars(times):
+    """Falling times -> [(t, abar at t, abar at the next time)]; after the last time comes abar = 1."""
+    bars = [float(ALPHA_BARS[t]) for t in times] + [1.0]
+    return list(zip(times, bars, bars[1:], strict=False))
+
+
+def ddpm(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None, progress=False):
+    """Ancestral sampling (Ho et al. 2020, Eq. 7 and 11) with the learned variance (Nichol & Dhariwal 2021, Eq. 15).
+
+    Without variance channels: the posterior's variance. Nothing is clipped. The times: `steps` of 999..0, evenly spaced with
+    both ends (ADM). x (N, C, H, W) standard normal -> x_0, float32.
+    """
+    x, C = x.double(), x.shape[1]
+    times = np.linspace(len(ALPHA_BARS) - 1, 0, steps).round().astype(int).tolist()
+    for t, bar, bar_next in tqdm(with_bars(times), "sampling", leave=False, disable=not progress):
+        out = predict(model, x, t, y, w, cfg, interval, t / len(ALPHA_BARS))
+        beta = 1 - bar / bar_next
+        x_0 = (x - (1 - bar) ** 0.5 * out[:, :C]) / bar ** 0.5                                     # Eq. 1 solved for x_0
+        x = bar_next ** 0.5 * beta / (1 - bar) * x_0 + (1 - beta) ** 0.5 * (1 - bar_next) / (1 - bar) * x
+        if bar_next < 1:  # the last step is its mean
+            low = math.log(beta * (1 - bar_next) / (1 - bar))
+            log_var = low + (out[:, C:] + 1) / 2 * (math.log(beta) - low) if out.shape[1] > C else torch.tensor(low)
+            x = x + (log_var / 2).exp() * (randn() if randn else torch.randn_like(x))
+    return x.float()
+
+
+def ddim(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None, progress=False):
+    """Deterministic sampling (Song et al. 2021, Eq. 12 with sigma = 0).
+
+    The times: 999 and on in equal steps of 1000/steps, as diffusers' DDIMScheduler has them with "trailing" spacing.
+    x (N, C, H, W) standard normal -> x_0, float32.
+    """
+    x, C = x.double(), x.shape[1]
+    times = (np.arange(steps, 0, -1) * len(ALPHA_BARS) / steps).round().astype(int) - 1
+    for t, bar, bar_next in tqdm(with_bars(times.tolist()), "sampling", leave=False, disable=not progress):
+        eps = predict(model, x, t, y, w, cfg, interval, t / len(ALPHA_BARS))[:, :C]
+        x_0 = (x - (1 - bar) ** 0.5 * eps) / bar ** 0.5
+        x = bar_next ** 0.5 * x_0 + (1 - bar_next) ** 0.5 * eps
+    return x.float()
+
+
+SAMPLERS = {"euler-maruyama": euler_maruyama, "euler": euler, "heun": heun, "ddpm": ddpm, "ddim": ddim}
+KINDS = {"SiT": ("euler-maruyama", "euler", "heun"), "DiT": ("ddpm", "ddim")}  # the paper's first
+
+
+def choose_sampler(name, model):
+    """The sampler of that name, or the paper's for this model. ValueError if it doesn't fit what the network predicts."""
+    kind = getattr(model, "kind", "network")  # a network from elsewhere doesn't say
+    fitting = KINDS.get(kind, tuple(SAMPLERS))
+    if name not in (None, *fitting):
+        raise ValueError(f"--sampler {name}: a {kind} takes {', '.join(fitting)}")
+    return name or fitting[0]
+
+
+# ---------------------------------------------------------------- images
+
+@torch.no_grad()
+def generate(model, labels, seeds, *, sampler=None, steps=250, w=None, cfg=1.0, interval=(0.0, 1.0), vae=None,
+             progress=False):
+    """labels, seeds: int tensors (N,) -> (N, H, W, C) uint8 images on the CPU.
+
+    Sample i's noise, every step's included, depends on seeds[i] >= 0 alone: not on batch size, order, rank or number
+    of processes. sampler None: the paper's for this model, euler-maruyama or ddpm. vae None: the model works on pixels.
+    """
+    x = draw(model, labels, seeds, sampler=sampler, steps=steps, w=w, cfg=cfg, interval=interval, progress=progress)
+    return to_uint8(decode(vae, x) if vae else x)
+
+
+@torch.no_grad()
+def draw(model, labels, seeds, *, sampler=None, **options):
+    """generate() before decoding and rounding: x_0 (N, C, H, W), float32."""
+    device, shape = next(model.parameters()).device, (model.in_channels, model.input_size, model.input_size)
+    streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]  # the same on every device
+
+    def randn():
+        return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(device)
+    return SAMPLERS[choose_sampler(sampler, model)](model, randn(), labels.to(device), randn=randn, **options)
+
+
+def to_uint8(x):
+    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8 on the CPU, rounded."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def save_grid(images, path, columns):
+    """(N, H, W, 1 or 3) uint8 -> a PNG with `columns` images a row, small ones enlarged to at least 48 pixels."""
+    from PIL import Image
+    images = np.asarray(images)
+    images = np.pad(images, [(0, -len(images) % columns), (0, 0), (0, 0), (0, 0)])
+    zoom = -(-48 // images.shape[1])
+    images = np.pad(images.repeat(zoom, 1).repeat(zoom, 2), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    n, height, width, channels = images.shape
+    grid = images.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
+    grid = grid.reshape(n // columns * height, columns * width, channels)
+    with atomic(path) as f:
+        Image.fromarray(grid[..., 0] if channels == 1 else grid).save(f, format="png")
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file to write, which gets its name when it is whole."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as f:
+        yield f
+    os.replace(temporary, path)
+
+
+def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="fp32", columns=10, go_on=True,
+                  sampler=None, steps=250, w=None, cfg=1.0, interval=(0.0, 1.0)):
+    """Draws image i for labels[i] from seed * 2^32 + i, on all processes, into a .png or .npz with a .json record beside.
+
+    labels: int64 (num,) on the CPU, the same in every process; batch: images at once, per process.
+    Every batch is a file of its own until the end, so that an interrupted run goes on where it was, on any number of
+    processes. ValueError if what it finds was made otherwise (go_on=False: that is thrown away).
+    -> the speed, for people, on rank 0.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    path, device = Path(path), next(model.parameters()).device
+    parts = Path(f"{path}.parts")
+    record = dict(record, sampler=choose_sampler(sampler, model), steps=steps, w=w, cfg=cfg, interval=list(interval), seed=seed,
+                  dtype=dtype, num=len(labels), batch=batch)
+    if rank == 0:
+        if parts.exists() and not go_on:
+            shutil.rmtree(parts)
+        parts.mkdir(parents=True, exist_ok=True)
+        if (parts / "record.json").exists():
+            for key, value in json.loads((parts / "record.json").read_text()).items():
+                if record.get(key) != value:
+                    raise ValueError(f"{parts} holds an interrupted run with {key} {value}, not {record.get(key)}: "
+                                     f"finish that one, or delete the folder")
+        write_json(parts / "record.json", record)
+    if world > 1:
+        dist.barrier()
+    starts = list(range(0, len(labels), batch))
+    todo = [start for start in starts[rank::world] if not (parts / f"{start}.npy").exists()]
+    begin, made = time.perf_counter(), 0
+    for start in tqdm(todo, desc="samples", unit="batch", disable=rank > 0, leave=False):
+        index = torch.arange(start, min(start + batch, len(labels)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            images = generate(model, labels[index], seed * 2 ** 32 + index, sampler=sampler, steps=steps, w=w, cfg=cfg,
+                              interval=interval, vae=vae, progress=rank == 0)
+        with atomic(parts / f"{start}.npy") as f:
+            np.save(f, images.numpy())
+        made += len(images)
+    seconds = time.perf_counter() - begin
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        files = [parts / f"{start}.npy" for start in starts]
+        if path.suffix == ".png":
+            save_grid(np.concatenate([np.load(file) for file in files]), path, columns)
+        else:
+            save_npz(path, labels.numpy(), files)
+        write_json(path.with_suffix(".json"), record)
+        shutil.rmtree(parts)
+    if world > 1:
+        dist.barrier()
+    return f"{made * world / seconds:.1f} images/s on {world} x {device.type}" if made else "all of them drawn before"
+
+
+def write_json(path, value):
+    with atomic(path) as f:
+        f.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def save_npz(path, labels, parts):
+    """arr_0 and labels as numpy.savez would write them, but with one part in memory at a time."""
+    first = np.load(parts[0], mmap_mode="r")
+    with atomic(path) as f, zipfile.ZipFile(f, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, {
+                "descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape[1:])})
+            for part in parts:
+                member.write(np.load(part).tobytes())
+        with archive.open("labels.npy", "w") as member:
+            np.lib.format.write_array(member, labels)
+
+
+# ---------------------------------------------------------------- command line
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage=argparse.SUPPRESS, allow_abbrev=False)
+    p.add_argument("checkpoint", help="ckpt.pt of a training run")
+    p.add_argument("--out", default="samples.png", help="a .png (grid) or an .npz (arr_0 uint8 NHWC, labels) [%(default)s]")
+    p.add_argument("--labels", type=int, nargs="+", help="classes to draw, in equal shares, a row each in a .png")
+    p.add_argument("--class-labels", choices=["balanced", "random"],
+                   help="label rule over all classes: i %% classes, or drawn from --seed [balanced in an .npz]")
+    # torchrun takes a script's --num for its own --numa-binding, unless a "--" stands before the script
+    p.add_argument("--num", "--num-samples", type=int, help="images in all [8 a label]")
+    p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} [the paper's: euler-maruyama, ddpm]")
+    p.add_argument("--steps", type=int, default=250, help="network calls (heun: 2N-1) [%(default)s]")
+    p.add_argument("--w", type=float, help="guidance scale of a scale-aware model, one pass a step; 1 is off [1]")
+    p.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance scale, two passes; 1 is off [%(default)s]")
+    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+                   help="noise times, 0 to 1, in which --cfg acts [0 1]")
+    p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed * 2^32 + i [%(default)s]")
+    p.add_argument("--batch", type=int, default=64, help="images at once, per process [%(default)s]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network (autocast) [%(default)s]")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="[%(default)s]")
+    p.add_argument("--to-diffusers", metavar="DIR", help="draw nothing; write a folder for diffusers' DiTPipeline (DiT only)")
+    p.add_argument("--vae", help="hub name or folder of the decoder [the checkpoint's; none: pixels]")
+    args = p.parse_args(argv)
+    for flag, value, ok, rule in [
+            ("--num", args.num, args.num is None or args.num > 0, "at least 1"),
+            ("--steps", args.steps, args.steps > 0, "at least 1"),
+            ("--batch", args.batch, args.batch > 0, "at least 1"),
+            ("--seed", args.seed, 0 <= args.seed < 2 ** 31, "0 to 2^31 - 1"),
+            ("--interval", args.interval, 0 <= args.interval[0] < args.interval[1] <= 1, "two noise times, 0 <= LO < HI <= 1"),
+            ("--out", args.out, args.out.endswith((".png", ".npz")), "a file that ends in .png or .npz"),
+            ("--class-labels", args.class_labels, not (args.class_labels and args.labels), "left out where --labels is given")]:
+        if not ok:
+            p.error(f"{flag} {value}: must be {rule}")
+    return args, p
+
+
+def choose_labels(args, num_classes):
+    """-> (the label of each image (num,) int64, name of the rule, images in a row of a grid)."""
+    if args.labels or (args.out.endswith(".png") and not args.class_labels):
+        listed = args.labels or list(range(min(num_classes, 10)))
+        if not all(0 <= label < num_classes for label in listed):
+            raise ValueError(f"--labels {' '.join(map(str, listed))}: must be 0 to {num_classes - 1} for this checkpoint")
+        num = args.num or 8 * len(listed)
+        labels = torch.tensor(listed)[torch.arange(num) * len(listed) // num]
+        return labels, "list", max(1, num // len(listed))
+    num = args.num or 8 * num_classes
+    if args.class_labels == "random":
+        return torch.from_numpy(np.random.default_rng(args.seed).integers(num_classes, size=num)), "random", 10
+    return torch.arange(num) % num_classes, "balanced", 10
+
+
+def main(argv=None):
+    args, parser = parse_args(argv)
+    if "RANK" in os.environ:  # under torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        model, config = load_checkpoint(args.checkpoint, weights=args.weights, device=device)
+        labels, rule, columns = choose_labels(args, model.num_classes)
+        vae_name = args.vae or config["vae"]
+        vae = None if vae_name in (None, "none") else load_vae(vae_name, device)
+        if args.w is not None and not model.scale_aware:
+            raise ValueError(f"--w {args.w}: this checkpoint was trained at one scale; --w needs one trained with --w-range")
+        if args.cfg != 1 and not model.empty_class:
+            raise ValueError(f"--cfg {args.cfg}: this checkpoint has no empty class; leave --cfg at 1")
+        if model.kind == "DiT" and args.steps > len(ALPHA_BARS):
+            raise ValueError(f"--steps {args.steps}: a DiT has 1 to {len(ALPHA_BARS)}")
+        if args.to_diffusers:
+            save_diffusers(model, config, vae, args.to_diffusers)
+            print(f"{args.to_diffusers}: DiTPipeline.from_pretrained loads it" + ("" if model.freq_divisor == 127 else
+                  "; but diffusers embeds t at other frequencies than this file was trained with, so its images differ"))
+            return
+        record = {"checkpoint": args.checkpoint, "step": config.get("step"), "weights": args.weights,
+                  "model": config["model"], "trained_w": config.get("w"), "class_labels": rule, "labels": args.labels}
+        speed = write_samples(args.out, model, labels, args.seed, vae=vae, batch=args.batch, dtype=args.dtype,
+                              columns=columns, record=record, sampler=args.sampler, steps=args.steps, w=args.w,
+                              cfg=args.cfg, interval=args.interval)
+    except (ValueError, OSError) as e:
+        parser.error(str(e))
+    if rank == 0:
+        print(f"{args.out}: {len(labels)} images, labels {rule}, {args.steps} steps, cfg {args.cfg}, seed {args.seed}; {speed}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

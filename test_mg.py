@@ -1,0 +1,913 @@
+"""`pytest test_mg.py`: everything on the CPU, nothing downloaded. `python test_mg.py`: the benchmarks."""
+import contextlib
+import copy
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import models
+import sample
+import train_dit_mg
+import train_sit_mg
+from models import ALPHA_BARS, BETAS, create_model, load_checkpoint, save_checkpoint
+from sample import SAMPLERS, draw, generate
+
+HERE = Path(__file__).parent
+SCRIPTS = {"SiT": train_sit_mg, "DiT": train_dit_mg}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The digits' feature net is trained into a folder of the tests' own; nothing is looked up on the network."""
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch_home"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def run(*command, processes=None, cwd=HERE, env=None, timeout=240):
+    """A script of the project, plainly or under torchrun -> (exit status, stdout, stderr)."""
+    launcher = [sys.executable] if processes is None else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
+    done = subprocess.run([*launcher, HERE / command[0], *map(str, command[1:])], cwd=cwd, capture_output=True, text=True, check=False,
+                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    return done.returncode, done.stdout, done.stderr
+
+
+def error_of(main, *argv):
+    """The line that a script's main() prints before it exits with status 2."""
+    text = io.StringIO()
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(text):
+        main([str(a) for a in argv])
+    assert end.value.code == 2
+    lines = [line for line in text.getvalue().strip().splitlines() if line.strip() and "step/s" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def random_model(name="SiT-T/2", input_size=8, in_channels=1, num_classes=10, seed=0, **kwargs):
+    """A network whose zero-initialised layers aren't zero, so that every part of it matters."""
+    torch.manual_seed(seed)
+    model = create_model(name, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **kwargs)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.05) if p.ndim > 1 else nn.init.normal_(p, std=0.02)
+    return model.eval()
+
+
+def save_random(path, model, name, **config):
+    """A checkpoint of our own format with this network in it."""
+    state = model.state_dict()
+    keys = "input_size", "in_channels", "num_classes", "scale_aware", "empty_class", "freq_divisor", "kind"
+    config = {"model": name, "vae": "none", "w": 1.5, **{k: getattr(model, k) for k in keys}, **config}
+    save_checkpoint(path, {"config": config, "step": 7, "model": state, "ema": state, "optimizer": {}})
+    return path
+
+
+# ---------------------------------------------------------------- models.py
+
+def test_parameters_and_gflops_are_the_published_ones(capsys):
+    """DiT's Table 4 and the paper's Fig. 6, within 1 %."""
+    models.main()
+    rows = {c[1].strip(): (float(c[2]), float(c[3])) for c in (line.split("|") for line in capsys.readouterr().out.splitlines()
+                                                               ) if "/" in c[1]}
+    published = {"S/2": (33, 6.06), "B/2": (130, 23.01), "L/2": (458, 80.71), "XL/2": (675, 118.64)}
+    for size, (parameters, gflops) in published.items():
+        for kind in "DiT", "SiT":
+            assert rows[f"{kind}-{size}"] == (pytest.approx(parameters, rel=0.01), pytest.approx(gflops, rel=0.01))
+
+
+def to_diffusers(state, depth):
+    """Our state dict under diffusers' names, written out on its own here."""
+    new = {}
+
+    def put(to, of, part=slice(None)):
+        new[f"{to}.weight"], new[f"{to}.bias"] = state[f"{of}.weight"][part], state[f"{of}.bias"][part]
+    put("pos_embed.proj", "x_embedder.proj")
+    put("proj_out_1", "final_layer.adaLN_modulation.1")
+    put("proj_out_2", "final_layer.linear")
+    for i in range(depth):
+        theirs, ours = f"transformer_blocks.{i}", f"blocks.{i}"
+        put(f"{theirs}.norm1.emb.timestep_embedder.linear_1", "t_embedder.mlp.0")
+        put(f"{theirs}.norm1.emb.timestep_embedder.linear_2", "t_embedder.mlp.2")
+        new[f"{theirs}.norm1.emb.class_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"]
+        put(f"{theirs}.norm1.linear", f"{ours}.adaLN_modulation.1")
+        width = len(state[f"{ours}.attn.proj.bias"])
+        for j, name in enumerate("qkv"):
+            put(f"{theirs}.attn1.to_{name}", f"{ours}.attn.qkv", slice(j * width, (j + 1) * width))
+        put(f"{theirs}.attn1.to_out.0", f"{ours}.attn.proj")
+        put(f"{theirs}.ff.net.0.proj", f"{ours}.mlp.fc1")
+        put(f"{theirs}.ff.net.2", f"{ours}.mlp.fc2")
+    return new
+
+
+@pytest.mark.parametrize("divisor", [127, 128])
+def test_transformer_equals_diffusers(divisor):
+    """diffusers embeds t at 10000^(-i/127); DiT's own code at 10000^(-i/128), which its files need."""
+    from diffusers import DiTTransformer2DModel
+    ours = random_model("DiT-S/4", 16, 4, 10, freq_divisor=divisor)
+    theirs = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12,
+                                   sample_size=16, patch_size=4, num_embeds_ada_norm=10, norm_eps=1e-6).eval()
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), 12))
+    if divisor == 128:
+        for block in theirs.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+    x, t, y = torch.randn(5, 4, 16, 16), torch.tensor([0, 3, 250, 700, 999]), torch.tensor([0, 1, 2, 9, 10])
+    with torch.no_grad():
+        a, b = ours(x, t, y), theirs(x, t, y).sample
+    assert a.std() > 0.1
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_new_networks_start_as_dit_does():
+    """adaLN-Zero: the output is 0 whatever goes in; a scale-aware network ignores w until it has learnt it."""
+    model = create_model("SiT-T/2", input_size=8, in_channels=3, num_classes=5, scale_aware=True)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 5])
+    assert model(x, t, y, 2.0).abs().max() == 0
+    nn.init.normal_(model.final_layer.linear.weight)
+    assert torch.equal(model(x, t, y, 3.0), model(x, t, y)) and model(x, t, y).abs().max() > 0
+    with pytest.raises(ValueError, match="scale-aware"):
+        create_model("SiT-T/2", input_size=8, in_channels=3, num_classes=5)(x, t, y, 1.5)
+    with pytest.raises(ValueError, match="SiT-XL/2"):
+        create_model("SiT-XXL/2", input_size=8, in_channels=3, num_classes=5)
+
+
+def test_vae_codec(tmp_path):
+    """A tiny AutoencoderKL saved here: scaled latents in and out, shapes, and the scale in one place."""
+    vae = tiny_vae(tmp_path)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = models.encode(vae, images)
+    posterior = vae.encode(images).latent_dist
+    assert mean.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(mean, posterior.mean * 0.3)
+    torch.testing.assert_close(std, posterior.std * 0.3)
+    torch.testing.assert_close(models.decode(vae, mean), vae.decode(posterior.mean).sample)
+    with pytest.raises(ValueError, match="--vae"):
+        models.load_vae(str(tmp_path / "nothing"))
+
+
+def tiny_vae(folder):
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+                  latent_channels=4, norm_num_groups=4, scaling_factor=0.3).save_pretrained(folder / "vae")
+    return models.load_vae(str(folder / "vae"))
+
+
+# ---------------------------------------------------------------- mg_loss
+
+def batch(n=12, seed=0, shape=(1, 8, 8), classes=10):
+    g = torch.Generator().manual_seed(seed)
+    return {"x0": torch.randn(n, *shape, generator=g), "y": torch.randint(classes, (n,), generator=g),
+            "t": torch.rand(n, generator=g), "noise": torch.randn(n, *shape, generator=g),
+            "dropped": torch.arange(n) % 4 == 3}
+
+
+def count_rows(model):
+    """-> a list that gets the batch size of every pass."""
+    rows = []
+    model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    return rows
+
+
+def test_w_1_is_plain_sit_bit_for_bit():
+    b, model, teacher = batch(), random_model(), random_model(seed=1)
+    t = b["t"].view(-1, 1, 1, 1)
+    out = model((1 - t) * b["x0"] + t * b["noise"], b["t"], torch.where(b["dropped"], 10, b["y"]))
+    plain = (out - (b["noise"] - b["x0"])).square().mean((1, 2, 3))                                # Eq. 5, written out
+    expected = torch.autograd.grad(plain.mean(), model.parameters())
+    for w, used in ((1.0, teacher), (1.5, None)):
+        loss = train_sit_mg.mg_loss(model, used, w=w, **b)
+        assert torch.equal(loss, plain)
+        for got, want in zip(torch.autograd.grad(loss.mean(), model.parameters()), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["ema", "online"])
+def test_mg_target(kind):
+    """Against Eq. 20 sample by sample; dropped and late samples keep the plain target and cost no teacher pass."""
+    b, model = batch(), random_model()
+    teacher = random_model(seed=1) if kind == "ema" else model
+    w, t_max = 1.7, 0.6
+    rows, expected, guided = count_rows(teacher), [], 0
+    loss = train_sit_mg.mg_loss(model, teacher, w=w, t_max=t_max, **b)
+    seen = rows.copy()
+    for x0, y, t, noise, dropped in zip(*(b[key] for key in ("x0", "y", "t", "noise", "dropped")), strict=True):
+        x_t, target = ((1 - t) * x0 + t * noise)[None], noise - x0
+        if not dropped and t <= t_max:
+            guided += 1
+            target = target + (w - 1) * (teacher(x_t, t[None], y[None]) - teacher(x_t, t[None], torch.tensor([10])))[0].detach()
+        label = torch.tensor([10]) if dropped else y[None]
+        expected.append((model(x_t, t[None], label)[0] - target).square().mean())
+    torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert 0 < guided < 9
+    assert seen == ([2 * guided] if kind == "ema" else [12, guided])  # Eq. 20 reuses the training pass, only the empty class costs
+
+
+def test_no_gradient_reaches_the_teacher():
+    b, model, teacher = batch(), random_model(), random_model(seed=1)
+    train_sit_mg.mg_loss(model, teacher, w=1.5, **b).mean().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+    # the online teacher is the model: sg(.) means that the gradient is that of a constant target
+    model.zero_grad()
+    train_sit_mg.mg_loss(model, model, w=1.5, **b).mean().backward()
+    frozen, online = copy.deepcopy(model), [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    train_sit_mg.mg_loss(model, frozen, w=1.5, **b).mean().backward()
+    for p, g in zip(model.parameters(), online, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+def test_mg_without_the_empty_class():
+    """Eq. 23: the mean over distinct other labels, never the sample's own, in one pass; no sample is dropped."""
+    b, model, teacher = batch(), random_model(empty_class=False), random_model(seed=1, empty_class=False)
+    del b["dropped"]
+    order, seen = torch.rand(12, 9), []
+    teacher.register_forward_pre_hook(lambda _, args: seen.append(args[2].view(12, -1)))
+    loss = train_sit_mg.mg_loss(model, teacher, w=1.5, empty="labels", num_labels=3, order=order, **b)
+    assert len(seen) == 1 and seen[0].shape == (12, 4) and torch.equal(seen[0][:, 0], b["y"])
+    assert all(len(set(row.tolist())) == 4 for row in seen[0])
+    t = b["t"].view(-1, 1, 1, 1)
+    x_t, target = (1 - t) * b["x0"] + t * b["noise"], b["noise"] - b["x0"]
+    labels = seen[0].clone()
+    with torch.no_grad():
+        outs = torch.stack([teacher(x_t, b["t"], labels[:, i]) for i in range(4)])
+    target = target + 0.5 * (outs[0] - outs[1:].mean(0))
+    torch.testing.assert_close(loss, (model(x_t, b["t"], b["y"]) - target).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_mg_of_a_scale_aware_network():
+    """Eq. 22: the student sees (c, w) or (empty, 0), the teacher (c, 1) and (empty, 0); scale 1 costs no teacher pass."""
+    b, model, teacher = batch(), random_model(scale_aware=True), random_model(seed=1, scale_aware=True)
+    w = torch.where(torch.arange(12) % 2 == 0, torch.linspace(1.2, 3, 12), 1.0)
+    rows = count_rows(teacher)
+    loss = train_sit_mg.mg_loss(model, teacher, w=w, **b)
+    guided = ~b["dropped"] & (w != 1)
+    assert rows == [2 * int(guided.sum())]
+    t, empty = b["t"].view(-1, 1, 1, 1), torch.full((12,), 10)
+    x_t, target = (1 - t) * b["x0"] + t * b["noise"], b["noise"] - b["x0"]
+    with torch.no_grad():
+        offset = teacher(x_t, b["t"], b["y"], 1.0) - teacher(x_t, b["t"], empty, 0.0)
+        target = target + torch.where(guided, w - 1, 0).view(-1, 1, 1, 1) * offset
+    out = model(x_t, b["t"], torch.where(b["dropped"], empty, b["y"]), torch.where(b["dropped"], 0, w))
+    torch.testing.assert_close(loss, (out - target).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_draws_of_mg_loss():
+    """t, noise and dropped are drawn when not given: uniform times, --drop's share of empty labels."""
+    model, seen = random_model(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args))
+    torch.manual_seed(0)
+    train_sit_mg.mg_loss(model, None, torch.zeros(4000, 1, 8, 8), torch.zeros(4000, dtype=torch.int64), 1.0, drop=0.2)
+    x_t, t, y = seen[0]
+    assert abs((y == 10).float().mean() - 0.2) < 0.02 and 0 <= t.min() and t.max() < 1 and abs(t.mean() - 0.5) < 0.02
+    torch.testing.assert_close(x_t.std((1, 2, 3)) / t, torch.ones(4000), rtol=0, atol=0.5)
+
+
+class Table(nn.Module):
+    """One free output for each (point, label): what a network that can fit anything converges to."""
+    num_classes = 2
+
+    def __init__(self, empty):
+        super().__init__()
+        self.empty, self.out = empty, nn.Parameter(torch.zeros_like(empty))                        # (N, 2, 1, 1)
+
+    def forward(self, x, t, y):
+        n = len(self.empty)
+        return torch.where((y == 2).view(-1, 1, 1, 1), self.empty.repeat(len(y) // n, 1, 1, 1),
+                           self.out.repeat(len(y) // n, 1, 1, 1))
+
+
+class Pairs(Table):
+    """The same for mg_loss's teacher pass, whose rows are (c, empty), (c, empty), ..."""
+
+    def forward(self, x, t, y):
+        return torch.where((y == 2).view(-1, 1, 1, 1), self.empty.repeat_interleave(2, 0), self.out.repeat_interleave(2, 0))
+
+
+MEANS, STD = torch.tensor([[1.0, 0.5], [-1.0, 0.0], [0.5, -1.0]], dtype=torch.float64), 0.4  # classes: rows 0, 1 | row 2
+
+
+def mixture_velocity(x, t, rows, data=False):
+    """E[eps - x_0 | x_t = x] (data: E[x_0 | x_t]) where x_0 is an even mixture of N(MEANS[rows], STD^2): (N, 2), exact."""
+    var = (1 - t) ** 2 * STD ** 2 + t ** 2
+    off = x[:, None] - (1 - t) * MEANS[rows]                                                       # (N, rows, 2)
+    weight = torch.softmax(-off.square().sum(-1) / (2 * var), 1)[..., None]
+    x0 = (weight * (MEANS[rows] + (1 - t) * STD ** 2 / var * off)).sum(1)
+    return x0 if data else (x - (1 - t) * x0) / t - x0
+
+
+@pytest.mark.parametrize("w", [0.5, 1.1, 1.5, 1.8])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_fixed_point_is_cfg_at_1_over_2_minus_w(w, t):
+    """Training to the target, then the EMA catching up, again and again: out(c) ends at CFG's output at scale 1/(2-w)."""
+    torch.manual_seed(0)
+    x_t = torch.randn(16, 2, dtype=torch.float64)
+    x0 = mixture_velocity(x_t, t, [0, 1], data=True)
+    noise = (x_t - (1 - t) * x0) / t  # so that noise - x0 is exactly E[v | x_t, c]
+    cond, empty = mixture_velocity(x_t, t, [0, 1]), mixture_velocity(x_t, t, [0, 1, 2])
+    model, teacher = Table(empty[..., None, None]), Pairs(empty[..., None, None])
+    image = {"x0": x0[..., None, None], "y": torch.zeros(16, dtype=torch.int64), "noise": noise[..., None, None],
+             "t": torch.full((16,), t, dtype=torch.float64), "dropped": torch.zeros(16, dtype=torch.bool)}
+    for _ in range(200):
+        model.out.grad = None
+        train_sit_mg.mg_loss(model, teacher, w=w, **image).sum().backward()
+        with torch.no_grad():
+            model.out -= model.out.grad  # the loss is mean((out - target)^2) over 2 numbers: this goes to the target
+            teacher.out.copy_(model.out)
+    scale = 1 / (2 - w)
+    torch.testing.assert_close(model.out[..., 0, 0], empty + scale * (cond - empty), rtol=0, atol=1e-9)
+    assert (cond - empty).abs().max() > 0.05
+
+
+# ---------------------------------------------------------------- train_dit_mg.py
+
+def dit_batch(**kwargs):
+    b = batch(shape=(4, 8, 8), **kwargs)
+    return b | {"t": (b["t"] * 1000).long(), "x0": b["x0"].clamp(-1, 1)}
+
+
+def corrupt_dit(b):
+    """Eq. 1 in float64."""
+    bar = ALPHA_BARS[b["t"]].view(-1, 1, 1, 1)
+    return bar.sqrt() * b["x0"].double() + (1 - bar).sqrt() * b["noise"].double()
+
+
+def reference_bound(b, eps, v):
+    """The variational term straight from the definitions, in float64: torch.distributions' KL, and the mass of a bin at t = 0."""
+    def at(table):
+        return table[b["t"]].view(-1, 1, 1, 1)
+    x_t, x0, before = corrupt_dit(b), b["x0"].double(), torch.cat([torch.ones(1, dtype=torch.float64), ALPHA_BARS[:-1]])
+    variance = BETAS * (1 - before) / (1 - ALPHA_BARS)
+    variance[0] = variance[1]
+
+    def mean(x0):  # of q(x_{t-1} | x_t, x_0): DDPM, Eq. 7
+        return (at(before).sqrt() * at(BETAS) * x0 + (1 - at(BETAS)).sqrt() * (1 - at(before)) * x_t) / (1 - at(ALPHA_BARS))
+    guess = (x_t - (1 - at(ALPHA_BARS)).sqrt() * eps) / at(ALPHA_BARS).sqrt()
+    part = (v + 1) / 2
+    q = torch.distributions.Normal(mean(x0), at(variance).sqrt())
+    p = torch.distributions.Normal(mean(guess), (part * at(BETAS).log() + (1 - part) * at(variance).log()).exp().sqrt())
+    high, low = p.cdf(x0 + 1 / 255), p.cdf(x0 - 1 / 255)
+    high[x0 > 0.999], low[x0 < -0.999] = 1, 0
+    first = -(high - low).clamp(min=1e-12).log()
+    kl = torch.distributions.kl_divergence(q, p)
+    return torch.where(b["t"].view(-1, 1, 1, 1) == 0, first, kl).mean((1, 2, 3)) / np.log(2)
+
+
+def test_dit_loss_against_the_formulas():
+    """Both terms, with and without guidance, which moves the first one only; four of the samples are at t = 0."""
+    model, teacher, b = random_model("DiT-T/2", in_channels=4), random_model("DiT-T/2", in_channels=4, seed=1), dit_batch(n=40)
+    b["t"][:4] = 0
+    x_t = corrupt_dit(b).float()
+    out = model(x_t, b["t"], torch.where(b["dropped"], 10, b["y"])).double()
+    bound = reference_bound(b, out[:, :4].detach(), out[:, 4:])
+    with torch.no_grad():
+        offset = (teacher(x_t, b["t"], b["y"]) - teacher(x_t, b["t"], torch.full((40,), 10)))[:, :4].double()
+    for w, used in ((1.0, None), (1.5, teacher)):
+        guided = (~b["dropped"] & (b["t"] <= 700)).view(-1, 1, 1, 1)
+        target = b["noise"].double() + (w - 1) * torch.where(guided, offset, 0)                    # Eq. 18
+        want = (out[:, :4] - target).square().mean((1, 2, 3)) + bound
+        got = train_dit_mg.mg_loss(model, used, w=w, t_max=0.7, **b)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    # the variational term sees no gradient into eps: the mean is frozen
+    bias = model.final_layer.linear.bias
+    bound_only = train_dit_mg.variational_bound(b["x0"], b["noise"], out[:, :4].detach(), out[:, 4:].float(), b["t"])
+    grad, = torch.autograd.grad(bound_only.sum(), bias, retain_graph=True)
+    assert grad.view(4, 8)[:, :4].abs().max() == 0 and grad.view(4, 8)[:, 4:].abs().max() > 0
+    grad, = torch.autograd.grad(got.sum(), bias, retain_graph=True)
+    want, = torch.autograd.grad(((out[:, :4] - target).square().mean((1, 2, 3)) + bound).sum(), bias)
+    torch.testing.assert_close(grad, want.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps", [1000, 50, 8])
+def test_dit_samplers_equal_diffusers(name, steps, monkeypatch):
+    """Step by step with the same noise; diffusers' tables in float64, as ours (its float32 ones are off by 1e-5 and more)."""
+    import diffusers
+    from diffusers.schedulers import scheduling_ddpm
+    options = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
+    if name == "ddpm":
+        theirs = diffusers.DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace", **options)
+    else:
+        theirs = diffusers.DDIMScheduler(timestep_spacing="trailing", **options)
+    theirs.alphas, theirs.betas, theirs.alphas_cumprod = 1 - BETAS, BETAS, ALPHA_BARS
+    theirs.one = theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    theirs.set_timesteps(steps)
+    model = random_model("DiT-T/2", in_channels=4)
+    nn.init.normal_(model.final_layer.linear.weight, std=0.01)  # the variance channels stay about in [-1, 1]
+    x, y, noises = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 10]), torch.randn(steps, 3, 4, 8, 8)
+    draws = iter(noises.double())
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(draws))
+    want, times, ours = x.double(), [], iter(noises)
+    model.register_forward_pre_hook(lambda _, args: times.append(int(args[1][0])))
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            out = model(want.float(), t.expand(3), y).double()
+            want = theirs.step(out if name == "ddpm" else out[:, :4], t, want).prev_sample
+        got = SAMPLERS[name](model, x, y, steps=steps, randn=lambda: next(ours))
+    assert times[:steps] == times[steps:] == theirs.timesteps.tolist()
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
+class GaussianNoise(nn.Module):
+    """The exact eps of DiT's path where x_0 ~ N(0.7, 0.5^2)."""
+    num_classes = 1
+
+    def forward(self, x, t, y):
+        bar = ALPHA_BARS.float()[t].view(-1, 1, 1, 1)
+        return (1 - bar).sqrt() / (bar * 0.25 + 1 - bar) * (x - bar.sqrt() * 0.7)
+
+
+@pytest.mark.parametrize(("name", "steps", "off"), [("ddpm", 1000, 0.02), ("ddim", 1000, 0.01), ("ddim", 50, 0.06)])
+def test_dit_samplers_reproduce_mean_and_variance(name, steps, off):
+    """ddim is of first order: at 50 steps its standard deviation is 5 % short, whatever the spacing of the times."""
+    torch.manual_seed(0)
+    x_0 = SAMPLERS[name](GaussianNoise(), torch.randn(20000, 1, 1, 1), torch.zeros(20000, dtype=torch.int64), steps=steps)
+    assert x_0.mean() == pytest.approx(0.7, abs=0.015) and x_0.std() == pytest.approx(0.5, rel=off)
+
+
+def test_cfg_of_a_dit_leaves_the_variance_conditional():
+    model, x, y = random_model("DiT-T/2", in_channels=4), torch.randn(2, 4, 8, 8).double(), torch.tensor([1, 2])
+    with torch.no_grad():
+        got = sample.predict(model, x, 500, y, None, 2.0, (0.0, 1.0), 0.5).float()
+        time = torch.full((2,), 500)
+        cond, empty = model(x.float(), time, y), model(x.float(), time, torch.full((2,), 10))
+    torch.testing.assert_close(got[:, :4], (2 * cond - empty)[:, :4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[:, 4:], cond[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- public checkpoints, diffusers
+
+PUBLIC = {"embedding": ("y_embedder.embedding_table.weight", (1001, 1152)), "positions": ("pos_embed", (1, 256, 1152)),
+          "patches": ("x_embedder.proj.weight", (1152, 4, 2, 2)), "t": ("t_embedder.mlp.0.weight", (1152, 256)),
+          "qkv": ("blocks.27.attn.qkv.weight", (3456, 1152)), "fc1": ("blocks.0.mlp.fc1.weight", (4608, 1152)),
+          "modulation": ("blocks.5.adaLN_modulation.1.weight", (6912, 1152)), "out": ("final_layer.linear.weight", (32, 1152)),
+          "last": ("final_layer.adaLN_modulation.1.bias", (2304,))}
+
+
+def test_keys_and_shapes_of_dit_xl():
+    """DiT-XL-2-256x256.pt has 28 blocks of 10 tensors and 12 more; nothing is allocated."""
+    with torch.device("meta"):
+        state = create_model("DiT-XL/2", input_size=32, in_channels=4, num_classes=1000).state_dict()
+    assert len(state) == 28 * 10 + 12
+    assert all(tuple(state[key].shape) == shape for key, shape in PUBLIC.values())
+
+
+def public_file(path, layout, seed=3):
+    """Random weights in a public layout at size S/8 -> (path, our network that gives what the original would give)."""
+    kind = "DiT" if layout in ("dit", "dit-training") else "SiT"
+    model = random_model(f"{kind}-S/8", 16, 4, 7, seed=seed, freq_divisor=128)
+    state = dict(model.state_dict())
+    if layout in ("sit", "sit-training"):  # twice the channels; per patch pixel: C of v, then C that nobody uses
+        for name in ("weight", "bias"):
+            value = state[f"final_layer.linear.{name}"].view(64, 1, 4, *((384,) if name == "weight" else ()))
+            state[f"final_layer.linear.{name}"] = torch.cat([value, torch.randn_like(value)], 1).flatten(0, 2)
+    if layout == "repa":
+        state |= {"projectors.0.0.weight": torch.ones(3, 3), "projectors.0.0.bias": torch.ones(3)}
+    if "training" in layout:
+        import argparse
+        args = argparse.Namespace(model=f"{kind}-S/8", lr=1e-4)
+        state = {"model": state, "ema": state, "opt": {"state": {}}, "args": args}
+    elif layout in ("repa", "mg"):
+        state = {"ema": state, "steps": 4}
+    torch.save(state, path)
+    return model
+
+
+@pytest.mark.parametrize(("layout", "name"), [
+    ("dit", "DiT-XL-2-512x512.pt"), ("dit-training", "0400000.pt"), ("sit", "SiT-XL-2-256x256.pt"),
+    ("sit-training", "0400000.pt"), ("repa", "last.pt"), ("mg", "sit-mg.pt")])
+def test_public_layouts(layout, name, tmp_path):
+    """Each gives what its own convention defines: SiT's own files run from t' = 1 - t and give x_0 - eps."""
+    original = public_file(tmp_path / name, layout)
+    model, config = load_checkpoint(tmp_path / name)
+    assert (model.num_classes, model.input_size, model.in_channels, model.learn_sigma) == (7, 16, 4, "dit" in layout)
+    assert config["model"] == ("DiT-S/8" if "dit" in layout else "SiT-S/8")
+    x, y, t = torch.randn(4, 4, 16, 16), torch.tensor([0, 3, 6, 7]), torch.tensor([0.0, 0.3, 0.71, 1.0])
+    with torch.no_grad():
+        if "dit" in layout:
+            t = (t * 999).long()
+            got, want = model(x, t, y), original(x, t, y)
+        elif layout in ("repa", "mg"):
+            got, want = model(x, t, y), original(x, t, y)
+        else:
+            got, want = model(x, t, y), -original(x, 1 - t, y)
+    assert want.std() > 0.1
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_public_files_that_are_refused(tmp_path):
+    """No hint of DiT or SiT, a missing and an unexpected tensor, a size that nobody has, code in the pickle."""
+    public_file(tmp_path / "DiT.pt", "dit")
+    state = torch.load(tmp_path / "DiT.pt", weights_only=True)
+
+    def refused(name, state):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as e:
+            load_checkpoint(tmp_path / name)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+    assert "have exactly one of DiT and SiT" in refused("renamed.pt", state)
+    assert "mlp.fc1.bias" in refused("DiT-less.pt", {k: v for k, v in state.items() if k != "blocks.3.mlp.fc1.bias"})
+    assert "q_norm" in refused("DiT-more.pt", state | {"blocks.0.attn.q_norm.weight": torch.ones(64)})
+    assert "no known size" in refused("DiT-odd.pt", {k: v for k, v in state.items() if not k.startswith("blocks.11.")})
+    assert "never run" in refused("DiT-evil.pt", {"ema": state, "args": Evil()})
+    assert not Path(os.environ["TORCH_HOME"], "evil").exists()
+
+
+def test_round_trip_through_diffusers(tmp_path):
+    """Our DiT -> a folder -> DiTPipeline: the images of our ddim from the same latents; and back, tensor by tensor."""
+    from diffusers import DiTPipeline
+    vae, ours = tiny_vae(tmp_path), random_model("DiT-T/2", 8, 4, 10)
+    save_random(tmp_path / "ckpt.pt", ours, "DiT-T/2", vae=str(tmp_path / "vae"))
+    sample.main([str(tmp_path / "ckpt.pt"), "--to-diffusers", str(tmp_path / "folder")])
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([1, 2, 3], guidance_scale=1.0, num_inference_steps=20, generator=torch.Generator().manual_seed(5),
+                      output_type="np").images
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        x_0 = SAMPLERS["ddim"](ours, x, torch.tensor([1, 2, 3]), steps=20)
+    want = (models.decode(vae, x_0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images - want).max() < 1e-4 and want.std() > 0.01
+    back, config = load_checkpoint(tmp_path / "folder")
+    assert config["vae"] == str(tmp_path / "folder" / "vae") and config["w"] == 1.5
+    for (key, a), (other, b) in zip(ours.state_dict().items(), back.state_dict().items(), strict=True):
+        assert key == other and torch.equal(a, b)
+    assert "exists already" in error_of(sample.main, tmp_path / "ckpt.pt", "--to-diffusers", tmp_path / "folder")
+    save_random(tmp_path / "pixels.pt", random_model("DiT-T/2"), "DiT-T/2")
+    assert "give --vae" in error_of(sample.main, tmp_path / "pixels.pt", "--to-diffusers", tmp_path / "new")
+
+
+# ---------------------------------------------------------------- samplers
+
+class Gaussian(nn.Module):
+    """The exact velocity where x_0 ~ N(mean, std^2), all coordinates alike; counts its calls."""
+    num_classes, mean, std, calls = 1, 0.7, 0.5, 0
+
+    def forward(self, x, t, y):
+        self.calls += 1
+        t = t.view(-1, 1, 1, 1)
+        var = (1 - t) ** 2 * self.std ** 2 + t ** 2
+        return -self.mean + (t - (1 - t) * self.std ** 2) / var * (x - (1 - t) * self.mean)
+
+
+def gaussian_x_0(name, steps, n=20000):
+    torch.manual_seed(0)
+    model, x = Gaussian(), torch.randn(n, 1, 1, 1)
+    return SAMPLERS[name](model, x, torch.zeros(n, dtype=torch.int64), steps=steps), x, model.calls
+
+
+@pytest.mark.parametrize(("name", "calls"), [("euler", 100), ("heun", 199), ("euler-maruyama", 100)])
+def test_samplers_reproduce_mean_and_variance(name, calls):
+    x_0, _, made = gaussian_x_0(name, 100)
+    assert made == calls and x_0.dtype == torch.float32
+    assert x_0.mean() == pytest.approx(0.7, abs=0.012) and x_0.std() == pytest.approx(0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "euler-maruyama"])
+def test_one_step_is_one_call(name):
+    assert gaussian_x_0(name, 1, 10)[2] == 1
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_the_ode_samplers(name, order):
+    """The flow maps x to mean + std * x exactly; the error falls as steps^-order."""
+    errors = []
+    for steps in (16, 32, 64):
+        x_0, x, _ = gaussian_x_0(name, steps, 500)
+        errors.append(float((x_0 - (0.7 + 0.5 * x)).abs().mean()))
+    for coarse, fine in itertools.pairwise(errors):
+        assert np.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+def test_euler_maruyama_against_its_moments():
+    """The scheme is linear here, so its mean and variance follow a recursion that needs no sampling."""
+    mean, var, times = 0.0, 1.0, [*np.linspace(1, 0.04, 20), 0.0]
+    for t, t_next in itertools.pairwise(times):
+        v_t = (1 - t) ** 2 * 0.25 + t ** 2
+        slope = (t - (1 - t) * 0.25) / v_t                                                         # v = -0.7 + slope (x - (1-t) 0.7)
+        # drift v - (g^2/2) score with score = -(x - (1-t) 0.7) / v_t, g^2 = 2t
+        a = 1 + (slope + t / v_t) * (t_next - t)
+        mean = mean + (-0.7 + (slope + t / v_t) * (mean - (1 - t) * 0.7)) * (t_next - t)
+        var = a ** 2 * var + (2 * t * (t - t_next) if t_next > 0 else 0)
+    x_0, _, _ = gaussian_x_0("euler-maruyama", 20, 200_000)
+    assert x_0.mean() == pytest.approx(mean, abs=0.005) and x_0.var() == pytest.approx(var, rel=0.015)
+
+
+def test_cfg_acts_in_its_interval_and_on_every_channel():
+    """cond + (cfg - 1) (cond - uncond) inside, cond outside with half the rows."""
+    model, rows = random_model(in_channels=4), []
+    model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    x, y = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        got = [sample.predict(model, x, t, y, None, 3.0, (0.3, 0.7), t) for t in (0.2, 0.3, 0.7, 0.8)]
+        assert rows == [3, 6, 6, 3]
+        for t, out in zip((0.2, 0.3, 0.7, 0.8), got, strict=True):
+            time = torch.full((3,), t)
+            cond, empty = model(x.float(), time, y), model(x.float(), time, torch.full((3,), 10))
+            want = cond + 2 * (cond - empty) if 0.3 <= t <= 0.7 else cond
+            torch.testing.assert_close(out.float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_depends_on_its_seed_alone():
+    """Whatever the batch size and the order, with noise at every step."""
+    model = random_model()
+    labels, seeds = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6, 5, 2 ** 40])
+    whole = draw(model, labels, seeds, steps=8)
+    back = draw(model, labels.flip(0), seeds.flip(0), steps=8).flip(0)
+    alone = torch.cat([draw(model, labels[i:i + 1], seeds[i:i + 1], steps=8) for i in range(5)])
+    torch.testing.assert_close(back, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, whole, rtol=0, atol=1e-5)
+    assert (draw(model, labels, seeds + 1, steps=8) - whole).abs().mean() > 0.1
+    images = generate(model, labels, seeds, steps=8)
+    assert images.dtype == torch.uint8 and images.shape == (5, 8, 8, 1)
+    assert torch.equal(images[..., 0].float(), ((whole[:, 0] + 1) * 127.5).round().clamp(0, 255))
+
+
+# ---------------------------------------------------------------- sample.py, the command line
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("ckpt") / "ckpt.pt", random_model(), "SiT-T/2")
+
+
+def test_sample_npz_is_the_same_for_1_and_2_processes(checkpoint, tmp_path):
+    command = "sample.py", checkpoint, "--num", 10, "--class-labels", "balanced", "--steps", 5, "--batch", 3, "--out"
+    for processes in (None, 2):
+        status, out, err = run(*command, tmp_path / f"{processes}.npz", processes=processes)
+        assert status == 0, err
+        assert "images/s" in out
+    one, two = np.load(tmp_path / "None.npz"), np.load(tmp_path / "2.npz")
+    assert one["arr_0"].shape == (10, 8, 8, 1) and one["arr_0"].dtype == np.uint8
+    assert np.array_equal(one["labels"], np.arange(10)) and np.array_equal(one["arr_0"], two["arr_0"])
+    record = json.loads((tmp_path / "None.json").read_text())
+    assert record == json.loads((tmp_path / "2.json").read_text())
+    assert {k: record[k] for k in ("sampler", "steps", "cfg", "w", "seed", "dtype", "class_labels", "num", "checkpoint")} == {
+        "sampler": "euler-maruyama", "steps": 5, "cfg": 1.0, "w": None, "seed": 0, "dtype": "fp32",
+        "class_labels": "balanced", "num": 10, "checkpoint": str(checkpoint)}
+    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_interrupted_sampling_goes_on(checkpoint, tmp_path, monkeypatch):
+    argv = [str(checkpoint), "--num", "9", "--class-labels", "random", "--steps", "3", "--batch", "2", "--out"]
+    sample.main([*argv, str(tmp_path / "whole.npz")])
+    real, calls = sample.generate, []
+
+    def dies_at_the_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(sample, "generate", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([*argv, str(tmp_path / "a.npz")])
+    assert "a.npz.parts" in error_of(sample.main, *argv, tmp_path / "a.npz", "--steps", 4)  # made otherwise: refused
+    calls.clear()
+    calls += [1] * 3  # no more deaths
+    sample.main([*argv, str(tmp_path / "a.npz")])
+    assert len(calls) == 3 + 3  # of 5 batches, 2 were there
+    for key in "arr_0", "labels":
+        assert np.array_equal(np.load(tmp_path / "a.npz")[key], np.load(tmp_path / "whole.npz")[key])
+
+
+def test_sample_grid(checkpoint, tmp_path):
+    """A row a label; the numbers in the picture are the samples'."""
+    from PIL import Image
+    sample.main([str(checkpoint), "--labels", "7", "3", "--num", "6", "--steps", "3", "--out", str(tmp_path / "grid.png")])
+    want = generate(load_checkpoint(checkpoint)[0], torch.tensor([7, 7, 7, 3, 3, 3]), torch.arange(6), steps=3)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (2 * 50, 3 * 50)
+    assert np.array_equal(grid.reshape(2, 50, 3, 50)[:, 1:-1:6, :, 1:-1:6].swapaxes(1, 2).reshape(6, 8, 8), want[..., 0])
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--labels", 10], "--labels 10: must be 0 to 9"),
+    (["--sampler", "ddpmm"], "--sampler ddpmm"),
+    (["--w", 1.5], "--w 1.5"),
+    (["--stepz", 3], "--stepz"),
+    (["--steps", 0], "--steps 0"),
+    (["--interval", 0.7, 0.3], "--interval"),
+    (["--out", "x.jpg"], "--out x.jpg"),
+    (["--labels", 1, "--class-labels", "random"], "--class-labels random"),
+    (["--vae", "nowhere"], "--vae nowhere"),
+])
+def test_sample_refuses(checkpoint, argv, says, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert says in error_of(sample.main, checkpoint, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['TORCH_HOME']}/evil",)
+
+
+def test_bad_checkpoints(checkpoint, tmp_path):
+    """Missing, truncated, foreign, with code inside: one line that names the file, and the code is not run."""
+    whole = Path(checkpoint).read_bytes()
+    (tmp_path / "torn.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"ema": Evil()}, tmp_path / "evil.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    state["config"] = state["config"] | {"input_size": 16}
+    torch.save(state, tmp_path / "mixed.pt")
+    for name in ("none", "torn", "text", "empty", "foreign", "list", "evil", "mixed"):
+        assert f"{name}.pt" in error_of(sample.main, tmp_path / f"{name}.pt", "--out", tmp_path / "x.png")
+    assert error_of(sample.main, tmp_path)
+    assert not (tmp_path / "x.png").exists() and not Path(os.environ["TORCH_HOME"], "evil").exists()
+
+
+# ---------------------------------------------------------------- the train scripts' run
+
+TINY = ["--batch", "8", "--log-every", "1", "--eval-samples", "20", "--eval-steps", "2"]
+
+
+def train(kind, out, *flags):
+    """A short run in this process -> what it printed."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        SCRIPTS[kind].main([*TINY, "--out", str(out), *map(str, flags)])
+    return text.getvalue()
+
+
+def losses(out):
+    with open(Path(out) / "log.csv", newline="") as f:
+        return [float(row["loss"]) for row in csv.DictReader(f)]
+
+
+def assert_same_checkpoint(a, b, **tolerance):
+    a, b = (torch.load(Path(out) / "ckpt.pt", weights_only=True) for out in (a, b))
+    assert a["config"] == b["config"] and a["step"] == b["step"]
+    for name in "model", "ema":
+        for key in a[name]:
+            torch.testing.assert_close(a[name][key], b[name][key], **{"rtol": 0, "atol": 0} | tolerance)
+
+
+def test_the_scripts_are_equal_between_their_fences():
+    """And `diff` of the two, which the README prints, is short."""
+    def fenced(kind):
+        parts = re.split(r"^ *# =+ (.*)\n", (HERE / f"train_{kind}_mg.py").read_text(), flags=re.MULTILINE)
+        return [(title, text) for title, text in zip(parts[1::2], parts[2::2], strict=True) if title.startswith("the same")]
+    dit, sit = fenced("dit"), fenced("sit")
+    assert len(dit) == 3 and dit == sit
+    assert sum(len(text.splitlines()) for _, text in sit) > 250
+    diff = subprocess.run(["diff", "train_dit_mg.py", "train_sit_mg.py"], cwd=HERE, capture_output=True, text=True, check=False)
+    assert 40 < len(diff.stdout.splitlines()) < 90
+
+
+@pytest.mark.parametrize("kind", ["SiT", "DiT"])
+def test_train_sample_score(kind, tmp_path):
+    out = tmp_path / "made" / "for it"
+    printed = train(kind, out, "--steps", 4, "--w", 1.5)
+    assert "effective guidance scale" in printed.splitlines()[2] and "= 2.00" in printed.splitlines()[2] and "w=1.5" in printed
+    assert "| fid | sfid | is | precision | recall | accuracy |" in printed
+    assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.csv", "samples.npz", "samples.json", "samples.png", "curves.png"}
+    assert len(losses(out)) == 4 and all(np.isfinite(losses(out)))
+    drawn = np.load(out / "samples.npz")
+    assert drawn["arr_0"].shape == (20, 8, 8, 1) and np.array_equal(drawn["labels"], np.arange(20) % 10)
+    assert json.loads((out / "samples.json").read_text())["sampler"] == {"SiT": "euler-maruyama", "DiT": "ddpm"}[kind]
+    model, config = load_checkpoint(out / "ckpt.pt")
+    assert model.kind == kind and config["w"] == 1.5 and config["data"] == "digits"
+    assert "warning" in train(kind, tmp_path / "far", "--steps", 1, "--w", 2.5)
+    other = {"SiT": "DiT-T/2", "DiT": "SiT-T/2"}[kind]
+    assert f"--model {other}" in error_of(SCRIPTS[kind].main, "--model", other, "--out", tmp_path / "x")
+    assert "fits" not in printed and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("flags", [["--w", 1.5], ["--w-range", 1, 3], ["--empty", "labels", "--num-labels", 3],
+                                   ["--teacher", "online", "--t-max", 0.75, "--start", 2]])
+def test_resuming_is_bit_for_bit(flags, tmp_path):
+    """Interrupted after 3 of 5 steps, or not. And any --accum is the same run up to rounding."""
+    train("SiT", tmp_path / "whole", "--steps", 5, *flags)
+    train("SiT", tmp_path / "parts", "--steps", 3, *flags)
+    train("SiT", tmp_path / "parts", "--steps", 5, *flags)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    train("SiT", tmp_path / "accum", "--steps", 5, "--accum", 4, *flags)
+    assert np.allclose(losses(tmp_path / "accum"), losses(tmp_path / "whole"), rtol=0, atol=1e-5)
+
+
+def test_two_processes_are_the_same_run(tmp_path):
+    """The readme's command with 2 processes and with 1: the same losses and, up to rounding, the same images."""
+    train("SiT", tmp_path / "one", "--steps", 5, "--w", 1.5)
+    status, out, err = run("train_sit_mg.py", *TINY, "--steps", 5, "--w", 1.5, "--out", tmp_path / "two", processes=2)
+    assert status == 0, err
+    assert out.count("effective guidance scale") == 1
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-5)
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    train("SiT", tmp_path, "--steps", 2)
+    good = (tmp_path / "ckpt.pt").read_bytes()
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    state["model"]["final_layer.linear.bias"][:] = torch.inf
+    torch.save(state, tmp_path / "ckpt.pt")
+    bad = (tmp_path / "ckpt.pt").read_bytes()
+    assert "the loss of step 3 is not finite" in error_of(train_sit_mg.main, *TINY, "--steps", 4, "--out", tmp_path)
+    assert (tmp_path / "ckpt.pt").read_bytes() == bad != good
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--stepz", 3], "--stepz"),
+    (["--w", "nan"], "--w nan"),
+    (["--w-range", 3, 1], "--w-range"),
+    (["--drop", 1.5], "--drop 1.5"),
+    (["--t-max", 2], "--t-max 2"),
+    (["--empty", "labels", "--drop", 0.1], "--drop 0.1"),
+    (["--empty", "labels", "--num-labels", 10], "--num-labels 10"),
+    (["--batch", 9, "--accum", 2], "--batch 9"),
+    (["--batch", 0], "--batch 0"),
+    (["--model", "SiT-XXL/2"], "SiT-XXL/2"),
+    (["--image-size", 16], "--image-size 16"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--init", "nowhere.pt"], "nowhere.pt"),
+    (["--eval-samples", 1], "--eval-samples 1"),
+])
+def test_train_refuses(flags, says, tmp_path):
+    error = error_of(train_sit_mg.main, *TINY, *flags, "--out", tmp_path / "out")
+    assert says in error and not (tmp_path / "out").exists()
+
+
+def test_changed_settings_and_foreign_folders_are_refused(tmp_path):
+    train("SiT", tmp_path, "--steps", 2, "--w", 1.5)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    for flags, says in ((["--w", 1.25], "w 1.5, not 1.25"), (["--w", 1.5, "--seed", 1], "seed 0, not 1"),
+                        (["--w", 1.5, "--steps", 1], "--steps 1")):
+        assert says in error_of(train_sit_mg.main, *TINY, "--steps", 3, "--out", tmp_path, *flags)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    (tmp_path / "ckpt.pt").write_bytes(before[:1000])
+    assert "ckpt.pt: truncated" in error_of(train_sit_mg.main, *TINY, "--steps", 3, "--out", tmp_path)
+
+
+def test_init(tmp_path):
+    """Fine-tuning: weights and EMA start from the file, w rises from 1; another class count starts the label table anew."""
+    source = random_model(num_classes=10)
+    save_random(tmp_path / "ten.pt", source, "SiT-T/2", drop=0.1)
+    flags = ["--steps", 1, "--lr", 1e-30, "--w", 1.5]
+    printed = train("SiT", tmp_path / "out", "--init", tmp_path / "ten.pt", *flags)
+    assert "warning" not in printed and "freq_divisor=127" in printed
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    for key, value in source.state_dict().items():
+        assert torch.equal(state["model"][key], value)
+        torch.testing.assert_close(state["ema"][key], value, rtol=0, atol=1e-7)
+    save_random(tmp_path / "seven.pt", random_model(num_classes=7, freq_divisor=128), "SiT-T/2", drop=0.1)
+    printed = train("SiT", tmp_path / "out7", "--init", tmp_path / "seven.pt", *flags)
+    assert "has 7 classes, not 10: the label table starts anew" in printed and "freq_divisor=128" in printed
+    save_random(tmp_path / "never.pt", source, "SiT-T/2", drop=0.0)
+    assert "was trained with --drop 0" in train("SiT", tmp_path / "out0", "--init", tmp_path / "never.pt", *flags)
+    save_random(tmp_path / "nine.pt", random_model(num_classes=9), "SiT-T/2")
+    assert "nine.pt has no empty class" in train("SiT", tmp_path / "out9", "--init", tmp_path / "nine.pt", *flags)
+    save_random(tmp_path / "big.pt", random_model(input_size=16), "SiT-T/2")
+    assert "doesn't fit" in error_of(train_sit_mg.main, *TINY, "--init", tmp_path / "big.pt", "--out", tmp_path / "no")
+    save_random(tmp_path / "dit.pt", random_model("DiT-T/2"), "DiT-T/2")
+    assert "this script trains SiT" in error_of(train_sit_mg.main, *TINY, "--init", tmp_path / "dit.pt", "--out", tmp_path / "no")
+
+
+def test_w_rises_over_the_ramp(tmp_path, monkeypatch):
+    seen, real = [], train_sit_mg.mg_loss
+    monkeypatch.setattr(train_sit_mg, "mg_loss", lambda *args, **kwargs: seen.append(
+        None if args[1] is None else float(args[4][0])) or real(*args, **kwargs))
+    train("SiT", tmp_path, "--steps", 6, "--w", 1.6, "--start", 2, "--w-ramp", 3)
+    assert seen == [None, None, pytest.approx(1.2), pytest.approx(1.4), pytest.approx(1.6), pytest.approx(1.6)]
+
+
+def image_folder(folder, count=6):
+    """Class folders of PNGs of odd sizes: (folder / cat, folder / dog)."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for name in "cat", "dog":
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (20 + i, 24, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_training_on_a_folder_through_a_vae(tmp_path):
+    image_folder(tmp_path / "images")
+    tiny_vae(tmp_path)
+    flags = ["--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 16, "--workers", 0, "--eval-samples", 0]
+    printed = train("SiT", tmp_path / "latent", *flags, "--vae", tmp_path / "vae", "--steps", 2, "--lr", 1e-3)
+    assert "in_channels=4 input_size=8" in printed.replace("init=None ", "")
+    assert np.load(tmp_path / "latent" / "samples.npz")["arr_0"].shape == (100, 16, 16, 3)
+    _, config = load_checkpoint(tmp_path / "latent" / "ckpt.pt")
+    assert config["vae"] == str(tmp_path / "vae") and config["num_classes"] == 2
+    sample.main([str(tmp_path / "latent" / "ckpt.pt"), "--labels", "1", "--num", "2", "--steps", "2",
+                 "--out", str(tmp_path / "x.png")])
+    assert "2 images" in printed or "12 images of 2 classes" in printed
+    train("SiT", tmp_path / "pixels", *flags, "--vae", "none", "--steps", 2)
+    assert load_checkpoint(tmp_path / "pixels" / "ckpt.pt")[0].in_channels == 3

@@ -1,0 +1,457 @@
+"""SiT with Model-guidance (MG): `torchrun train_sit_mg.py --w 1.5`. The whole algorithm is mg_loss() and the fenced step.
+
+Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Ma et al. 2024 (SiT). The same command again resumes.
+
+Conventions, here and in sample.py:
+- larger t is noisier: t in [0, 1], x_t = (1-t) x_0 + t eps, and the network predicts v = dx_t/dt = eps - x_0
+  (the paper's Eq. 6 writes u = x_0 - eps = -v; MG is linear, so nothing else changes)
+- w = 1 is no guidance (Table 3's scale; Eq. 18 and 20 write our w-1 as w); label num_classes is the empty class
+- images are NCHW in [-1, 1]; latents are the VAE's times its scaling_factor
+"""
+# ================================================================ the same in train_dit_mg.py and train_sit_mg.py: imports
+import argparse
+import contextlib
+import copy
+import csv
+import io
+import itertools
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+import fid
+import models
+from sample import atomic, save_grid, write_samples
+
+# ================================================================ SiT
+
+KIND, T = "SiT", 1  # T: the largest t
+
+
+def draw_t(u):
+    """Uniform numbers (N,) in [0, 1) -> times (N,) for the network."""
+    return u
+
+
+PRESETS = {  # defaults by --data
+    "digits": {"model": "SiT-T/2", "image_size": 8, "vae": "none", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": 2400,
+               "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "save_every": 800, "log_every": 50, "eval_batch": 500},
+    # the paper's ImageNet recipe
+    "folder": {"model": "SiT-XL/2", "image_size": 256, "vae": "stabilityai/sd-vae-ft-ema", "batch": 256, "lr": 1e-4,
+               "ema": 0.9999, "steps": 400_000, "eval_every": 50_000, "eval_samples": 5000, "eval_steps": 250,
+               "save_every": 10_000, "log_every": 100, "eval_batch": 64},
+}
+
+
+def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num_labels=4,
+            t=None, noise=None, dropped=None, order=None):
+    """The loss of every sample, (N,). The unit to copy: it needs a network and its moving average, and nothing else here.
+
+    model(x_t (N, C, H, W), t (N,), y (N,)) -> v (N, C, H, W); it has num_classes, and takes w (N,) too if scale_aware.
+    teacher: the EMA network (Eq. 18), the model itself (Eq. 20: its own output is reused), or None: plain diffusion.
+    x0 (N, C, H, W); y (N,) int64; w: the guidance scale, 1 is off; (N,) for scale-aware models.
+    drop: share of samples that get the empty class and the plain target; t_max: guide only where t <= t_max, in [0, 1].
+    empty: "class", or "labels": estimate the unconditional output as the mean over num_labels other labels (Eq. 23).
+    t (N,), noise like x0, dropped (N,) bool, order (N, num_classes - 1), random numbers that rank the other labels:
+    drawn when None.
+    """
+    # 1. corrupt: x0, noise (N, C, H, W), t (N,) -> x_t, plain target (N, C, H, W)
+    t = draw_t(torch.rand(len(x0), device=x0.device)) if t is None else t
+    noise = torch.randn_like(x0) if noise is None else noise
+    s = t.view(-1, 1, 1, 1)
+    x_t = (1 - s) * x0 + s * noise                                                                 # Eq. 4
+    target = noise - x0                                                                            # Eq. 6: v = -u
+
+    # ============================================================ the same in train_dit_mg.py and train_sit_mg.py: guide
+    # 2. guide: K samples, those that keep their label and have t <= t_max, where w does something
+    net, C = getattr(model, "module", model), x0.shape[1]  # DDP hides attributes
+    scale_aware = getattr(net, "scale_aware", False)
+    if dropped is None:
+        dropped = torch.rand(len(x0), device=x0.device) < (drop if empty == "class" else 0)
+    w = torch.as_tensor(w, dtype=target.dtype, device=x0.device).expand(len(x0))
+    label = torch.where(dropped, net.num_classes, y)
+    out = model(x_t, t, label, *([torch.where(dropped, 0, w)] if scale_aware else []))             # the student's pass
+    k = (~dropped & (t <= t_max * T) & (w != 1)).nonzero().squeeze(1)                              # (K,)
+    if teacher is not None and len(k):
+        if empty == "class":
+            labels = torch.full_like(y[k, None], net.num_classes)                                  # (K, 1)
+        else:  # num_labels distinct others, never the sample's own
+            order = torch.rand(len(x0), net.num_classes - 1, device=x0.device) if order is None else order
+            labels = (y[k, None] + 1 + order[k].argsort(1)[:, :num_labels]) % net.num_classes      # (K, num_labels)
+        reuse = (teacher is model or teacher is net) and not scale_aware
+        if not reuse:
+            labels = torch.cat([y[k, None], labels], 1)                                            # (K, 1 + num_labels)
+        L = labels.shape[1]
+        scales = torch.ones_like(labels, dtype=w.dtype)
+        scales[:, 1:] = float(empty != "class")                                                    # (c, 1), (empty, 0): Eq. 22
+        with torch.no_grad():  # one batched pass; sg(.) of Eq. 18, 20
+            outs = getattr(teacher, "module", teacher)(x_t[k].repeat_interleave(L, 0), t[k].repeat_interleave(L),
+                                                       labels.flatten(), *([scales.flatten()] if scale_aware else []))
+            outs = outs[:, :C].unflatten(0, (len(k), L)).to(target.dtype)                          # (K, L, C, H, W)
+            cond = out[k, :C].to(target.dtype) if reuse else outs[:, 0]                            # (K, C, H, W)
+            uncond = outs[:, 0 if reuse else 1:].mean(1)                                           # of the empty class, or Eq. 23
+            target[k] += (w[k] - 1).view(-1, 1, 1, 1) * (cond - uncond)                            # MG: Eq. 18, 20, 22
+    # ============================================================ SiT
+
+    # 3. learn
+    return (out - target).square().mean((1, 2, 3))                                                 # Eq. 19
+
+
+# ================================================================ the same in train_dit_mg.py and train_sit_mg.py: the run
+
+def parse_args(argv):
+    """The command line with the preset of its --data filled in: (flags, parser)."""
+    presets = "\n".join(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in preset.items()) for name, preset in PRESETS.items())
+    p = argparse.ArgumentParser(description=f"{__doc__}\npresets (defaults by --data):\n{presets}", usage=argparse.SUPPRESS,
+                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8) or a folder of class folders [%(default)s]")
+    p.add_argument("--image-size", type=int, help="pixels [preset]")
+    p.add_argument("--vae", help="hub name or folder of the encoder; none: train on pixels [preset]")
+    p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, what this script trains [preset]")
+    p.add_argument("--w", type=float, default=1.5, help="guidance scale, 1 is off; acts as CFG at 1/(2-w) (Eq. 18, 20) [%(default)s]")
+    p.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="scale-aware: draw w from here (Eq. 21, 22)")
+    p.add_argument("--drop", type=float, help="share of samples that get the empty class (Table 4) [0.1]")
+    p.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1 [%(default)s]")
+    p.add_argument("--start", "--start-step", type=int, default=0, help="steps of plain training first [%(default)s]")
+    p.add_argument("--w-ramp", type=int, help="steps over which w then rises from 1 [0; with --init a tenth of --steps]")
+    p.add_argument("--init", metavar="CKPT", help="start from these weights: ours, or DiT's, SiT's, REPA's, MG's files [random]")
+    p.add_argument("--teacher", choices=["ema", "online"], default="ema", help="of Eq. 18, or of Eq. 20 [%(default)s]")
+    p.add_argument("--empty", choices=["class", "labels"], default="class", help="labels: no empty class (Eq. 23) [%(default)s]")
+    p.add_argument("--num-labels", type=int, default=4, help="N of Eq. 23, with --empty labels [%(default)s]")
+    p.add_argument("--steps", type=int, help="training steps in all [preset]")
+    p.add_argument("--batch", type=int, help="images a step, all processes together [preset]")
+    p.add_argument("--accum", type=int, default=1, help="parts that a process makes of its share of a batch [%(default)s]")
+    p.add_argument("--lr", type=float, help="of AdamW, constant, no weight decay [preset]")
+    p.add_argument("--ema", type=float, help="decay of the moving average a step [preset]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's passes (autocast) [%(default)s]")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--seed", type=int, default=0, help="of everything that is drawn [%(default)s]")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations; 0: at the end only [preset]")
+    p.add_argument("--eval-samples", type=int, help="images drawn for an evaluation; 0: 100, not scored [preset]")
+    p.add_argument("--eval-steps", type=int, help="sampling steps of an evaluation [preset]")
+    p.add_argument("--eval-batch", type=int, help="images drawn at once, per process [preset]")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints; 0: at the end only [preset]")
+    p.add_argument("--log-every", type=int, help="steps between rows of log.csv [preset]")
+    p.add_argument("--workers", type=int, default=4, help="processes that read images of a folder [%(default)s]")
+    p.add_argument("--out", help="folder for ckpt.pt, log.csv, samples, curves.png [out/MODEL-DATA-wW]")
+    args = p.parse_args(argv)
+    for key, value in PRESETS.get(args.data, PRESETS["folder"]).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.drop is None:
+        args.drop = 0.1 if args.empty == "class" else 0.0
+    if args.w_ramp is None:
+        args.w_ramp = args.steps // 10 if args.init and not args.w_range else 0
+    if args.out is None:
+        scale = "-".join(map(str, args.w_range)) if args.w_range else args.w
+        args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).name}-w{scale}"
+    for flag, ok, rule in [
+            ("--w", math.isfinite(args.w), "a number"),
+            ("--w-range", args.w_range is None or 1 <= args.w_range[0] < args.w_range[1] < math.inf, "1 <= LO < HI"),
+            ("--drop", 0 <= args.drop < 1, "0 up to, not with, 1"),
+            ("--drop", args.empty == "class" or not args.drop, "left out with --empty labels, which has no empty class"),
+            ("--t-max", 0 <= args.t_max <= 1, "0 to 1"),
+            ("--w-ramp", not (args.w_ramp and args.w_range), "left out with --w-range, which draws w"),
+            ("--ema", 0 <= args.ema < 1, "0 up to, not with, 1"),
+            ("--lr", 0 < args.lr < math.inf, "above 0"),
+            ("--seed", args.seed >= 0, "0 or more"),
+            *((f"--{name.replace('_', '-')}", getattr(args, name) >= 1, "at least 1")
+              for name in ("image_size", "steps", "batch", "accum", "num_labels", "eval_steps", "eval_batch", "log_every")),
+            *((f"--{name.replace('_', '-')}", getattr(args, name) >= 0, "0 or more")
+              for name in ("start", "w_ramp", "eval_every", "eval_samples", "save_every", "workers")),
+            ("--eval-samples", args.eval_samples != 1, "0, or at least 2")]:
+        if not ok:
+            p.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: must be {rule}")
+    return args, p
+
+
+DRAWN = 0.2  # share of a batch that draws a scale in a scale-aware run; --drop is (empty, 0), the rest is at 1 (the authors)
+# Flags that may change when a run is resumed: they don't change what is trained.
+FREE = {"out", "steps", "accum", "compile", "workers", "eval_every", "eval_samples", "eval_steps", "eval_batch",
+        "save_every", "log_every"}
+COLUMNS = ["step", "loss", "images_per_s", "fid", "sfid", "is", "precision", "recall", "accuracy"]  # of log.csv
+
+
+def sampler(n, batch, micro, first_step, rank, world, seed):
+    """Indices of this process's parts of the global batches, (micro,) each, from first_step on, without end.
+
+    The order is a function of seed alone: image k of the run, k = step * batch + i, is number k % n of epoch k // n.
+    """
+    epoch, order = None, None
+    for start in itertools.count(first_step * batch + rank * micro, world * micro):
+        part = []
+        for k in range(start, start + micro):
+            if epoch != k // n:
+                epoch = k // n
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
+            part.append(order[k % n])
+        yield part
+
+
+def mix(*numbers):
+    """Numbers -> a seed; torch's CPU generator takes 32 bits of it."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def initialize(model, args, kwargs):
+    """The new model with the weights of --init where they fit: -> (model, what to warn of or None). ValueError if they don't.
+
+    The label table may have other classes, and the w input may be new; everything else must be there in the right shape.
+    """
+    source, config = models.load_checkpoint(args.init)
+    kwargs["freq_divisor"] = source.freq_divisor  # what the weights were trained with
+    model = models.create_model(args.model, **kwargs)
+    state, here, warnings = source.state_dict(), model.state_dict(), []
+    table = "y_embedder.embedding_table.weight"
+    old, new = state.get(table), here[table]
+    if source.kind != KIND or old is None:
+        raise ValueError(f"--init {args.init}: this is a {source.kind} {config['model']}, and this script trains {KIND}")
+    if len(old) == kwargs["num_classes"] and source.empty_class and kwargs["empty_class"]:
+        state[table] = torch.cat([old, new[-1:]])  # a file without the empty class: it has one row a class and no more
+        warnings.append(f"{args.init} has no empty class")
+    elif source.num_classes != kwargs["num_classes"] or len(old) != len(new):
+        del state[table]
+        warnings.append(f"{args.init} has {source.num_classes} classes, not {kwargs['num_classes']}: the label table starts anew")
+    elif config.get("drop") == 0 and kwargs["empty_class"]:
+        warnings.append(f"{args.init} was trained with --drop 0")
+    for key in set(here) - set(state) | {key for key in state if key not in here or state[key].shape != here[key].shape}:
+        if key != table and not key.startswith("w_embedder."):
+            raise ValueError(f"--init {args.init}: {config['model']} for {source.in_channels}x{source.input_size}x{source.input_size} "
+                             f"doesn't fit {args.model} for {model.in_channels}x{model.input_size}x{model.input_size} ({key})")
+    model.load_state_dict(here | {key: value for key, value in state.items() if key in here})
+    if warnings and kwargs["empty_class"]:
+        warnings.append("guidance needs a trained empty class: give --start some thousand steps of plain training first")
+    return model, "warning: " + "; ".join(warnings) if warnings else None
+
+
+def main(argv=None):
+    args, parser = parse_args(argv)
+    cuda, ddp = torch.cuda.is_available(), "RANK" in os.environ  # torchrun sets RANK
+    if ddp:
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    out, micro = Path(args.out), args.batch // (world * args.accum)
+
+    # ---------------- everything that depends on the user's input, before anything is written
+    try:
+        if args.batch % (world * args.accum):
+            raise ValueError(f"--batch {args.batch}: must be a multiple of processes times --accum, {world} x {args.accum}")
+        features = "digits" if args.data == "digits" else "inception"
+        if args.data == "digits" and args.image_size != 8:
+            raise ValueError(f"--image-size {args.image_size}: the digits have 8")
+        images = fid.real_images(args.data, args.image_size)
+        reference = fid.load_reference(args.data, features, size=args.image_size) if args.eval_samples else None
+        vae = None if args.vae == "none" else models.load_vae(args.vae, device)
+        sample, _ = images[0]                                                                      # (C, H, W) uint8
+        if vae:
+            shape = models.encode(vae, sample[None].to(device) / 127.5 - 1)[0].shape[1:]                  # (c, h, w)
+        else:
+            shape = sample.shape
+        kwargs = {"input_size": shape[1], "in_channels": shape[0], "num_classes": len(images.classes),
+                  "scale_aware": args.w_range is not None, "empty_class": args.empty == "class", "freq_divisor": 127, "kind": KIND}
+        if args.empty == "labels" and args.num_labels >= kwargs["num_classes"]:
+            raise ValueError(f"--num-labels {args.num_labels}: must be less than the number of classes, {kwargs['num_classes']}")
+        torch.manual_seed(args.seed)
+        model, warning = models.create_model(args.model, **kwargs), None
+        if args.init:
+            model, warning = initialize(model, args, kwargs)
+        if model.kind != KIND:
+            raise ValueError(f"--model {args.model}: this script trains {KIND}; train_{model.kind.lower()}_mg.py trains that")
+        # what the weights depend on, and all that sample.py needs to know
+        config = {key: value for key, value in vars(args).items() if key not in FREE} | kwargs
+        checkpoint = models.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
+        if checkpoint:
+            if "config" not in checkpoint:
+                raise ValueError(f"--out {out}: its ckpt.pt is not of this project; give another --out")
+            for key, value in checkpoint["config"].items():
+                if config.get(key) != value:
+                    raise ValueError(f"--out {out} holds a run with {key} {value}, not {config.get(key)}: "
+                                     f"give the same flags to resume it, or another --out")
+            if checkpoint["step"] > args.steps:
+                raise ValueError(f"--steps {args.steps}: the run in --out {out} is at step {checkpoint['step']} already")
+    except (ValueError, OSError) as e:
+        parser.error(str(e))
+
+    model = model.to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
+    first = 0
+    if checkpoint:
+        first = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    net = torch.compile(model) if args.compile else model
+    net = DistributedDataParallel(net, broadcast_buffers=False) if ddp else net
+    teacher = ema if args.teacher == "ema" else model
+    weights, ema_weights = list(model.parameters()), list(ema.parameters())
+    order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
+    if args.data == "digits":
+        tensors = TensorDataset(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
+        data = iter(DataLoader(tensors, sampler=order, batch_size=None))  # batches by indexing
+    else:
+        data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
+    # ---------------- logging and evaluation
+    rows = []
+    if rank == 0:
+        print(" ".join(f"{key}={value}" for key, value in sorted((vars(args) | kwargs).items())))
+        print(f"{sum(w.numel() for w in weights) / 1e6:.2f} M parameters, {len(images)} images of {len(images.classes)} "
+              f"classes, {world} x {device.type}" + (f", resuming from step {first}" if first else ""))
+        print(describe_w(args))
+        if warning:
+            print(warning)
+        out.mkdir(parents=True, exist_ok=True)
+        if first and (out / "log.csv").exists():
+            with open(out / "log.csv", newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= first]
+        with atomic(out / "log.csv") as f:
+            f.write(table(rows).encode())
+
+    def log(row):
+        rows.append(row)
+        with open(out / "log.csv", "a", newline="") as f:
+            csv.DictWriter(f, COLUMNS).writerow(row)
+
+    def evaluate(step, row):
+        """Draws with the EMA, one pass a step, in all processes; scores; writes samples and pictures."""
+        path, classes = out / "samples.npz", len(images.classes)
+        write_samples(path, ema, torch.arange(args.eval_samples or 100) % classes, args.seed, batch=args.eval_batch, vae=vae,
+                      record={"checkpoint": str(out / "ckpt.pt"), "step": step, "weights": "ema", "model": args.model,
+                              "trained_w": config["w"], "class_labels": "balanced", "labels": None},
+                      steps=args.eval_steps, w=sum(args.w_range) / 2 if args.w_range else None, go_on=False)
+        metrics = fid.evaluate(path, reference, features) if reference else {}
+        if rank == 0:
+            log(row | metrics)
+            shown = torch.linspace(0, classes - 1, min(classes, 10)).long()[:, None] + classes * torch.arange(10)
+            drawn = np.load(path)["arr_0"]
+            save_grid(drawn[shown[shown < len(drawn)]], out / "samples.png", columns=10)
+            save_curves(rows, out / "curves.png")
+        return metrics
+
+    def uniform(*shape):
+        return torch.rand(args.batch, *shape, generator=generator, device=device)
+
+    generator, losses, begin, done = torch.Generator(device), [], time.perf_counter(), first
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
+    for step in bar:
+        # ============================================================ the training step
+        generator.manual_seed(mix(args.seed, 0, step))  # everything is drawn for the global batch: any split gives the same
+        draws = {"t": draw_t(uniform()), "dropped": uniform() < args.drop,
+                 "noise": torch.randn(args.batch, *shape, generator=generator, device=device)}
+        if args.empty == "labels":
+            draws["order"] = uniform(len(images.classes) - 1)
+        risen = min(1, (step + 1 - args.start) / args.w_ramp) if args.w_ramp else 1
+        w = torch.full((args.batch,), 1 + (args.w - 1) * risen, device=device)
+        if args.w_range:  # of the batch, 20 % draw a scale, the dropped ones are (empty, 0), the rest are at 1
+            lo, hi = args.w_range
+            w = torch.where(uniform() < DRAWN / (1 - args.drop), lo + (hi - lo) * uniform(), 1.0)
+        flip = uniform(1, 1, 1) < (0.5 if args.data != "digits" else 0)
+        posterior = torch.randn(args.batch, *shape, generator=generator, device=device) if vae else None
+        for a in range(args.accum):
+            part = slice((a * world + rank) * micro, (a * world + rank + 1) * micro)
+            x, y = next(data)
+            x, y = x.to(device, non_blocking=True).float() / 127.5 - 1, y.to(device, non_blocking=True)
+            x0 = torch.where(flip[part], x.flip(-1), x)
+            if vae:
+                mean, std = models.encode(vae, x0)
+                x0 = mean + std * posterior[part]
+            sync = net.no_sync() if ddp and a < args.accum - 1 else contextlib.nullcontext()
+            with sync, torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+                loss = mg_loss(net, teacher if step >= args.start else None, x0, y, w[part], t_max=args.t_max,
+                               empty=args.empty, num_labels=args.num_labels,
+                               **{key: value[part] for key, value in draws.items()}).mean() / args.accum
+                loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
+        # ============================================================ below: log, evaluate, save
+        step += 1
+        evaluating = args.eval_every and step % args.eval_every == 0 and step < args.steps
+        saving = step == args.steps or (args.save_every and step % args.save_every == 0)
+        if not (evaluating or saving or step % args.log_every == 0):
+            continue
+        window = torch.stack(losses).view(-1, args.accum).sum(1)                                   # (steps since the last row,)
+        if ddp:
+            dist.all_reduce(window)
+            window /= world
+        if not window.isfinite().all():
+            bar.close()
+            bad = done + 1 + int((~window.isfinite()).nonzero()[0])
+            parser.exit(2, f"{parser.prog}: error: the loss of step {bad} is not finite; the last good checkpoint stays in --out "
+                           f"{out}. Lower --lr or --w, or use --dtype fp32\n" if rank == 0 else None)
+        row = {"step": step, "loss": float(window.mean()),
+               "images_per_s": round((step - done) * args.batch / (time.perf_counter() - begin), 1)}
+        bar.set_postfix(loss=f"{row['loss']:.4f}")
+        if saving and rank == 0:
+            models.save_checkpoint(out / "ckpt.pt", {"config": config, "step": step, "model": model.state_dict(),
+                                              "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+        if evaluating:
+            evaluate(step, row)
+        elif rank == 0 and step < args.steps:
+            log(row)
+        losses, begin, done = [], time.perf_counter(), step
+    bar.close()
+    if first == args.steps:
+        row = {"step": first}
+    metrics = evaluate(args.steps, row)
+    if rank == 0:
+        if metrics:
+            print(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | " + " | ".join(metrics) + " |")
+            print("|---" * (len(metrics) + 1) + "|")
+            print(f"| {args.model} at step {args.steps}, w {config['w']} | " + " | ".join(f"{m:.3f}" for m in metrics.values()) + " |")
+        print(f"\n{out}: ckpt.pt, log.csv, samples.npz, samples.png, curves.png")
+    if ddp:
+        dist.destroy_process_group()
+
+
+def describe_w(args):
+    """The line that says what --w means for this run."""
+    if args.w_range:
+        return f"scale-aware: one network for guidance scales {args.w_range[0]} to {args.w_range[1]}, chosen when sampling"
+    if args.w >= 2:
+        return (f"warning: at --w {args.w} the effective guidance scale 1/(2-w) has no bound: it grows for as long as the run "
+                f"lasts, the slower the EMA the slower. The paper's best is 1.5")
+    scope = "" if args.t_max == 1 else f", at noise times up to {args.t_max}"
+    return f"effective guidance scale: MG at w {args.w} acts as classifier-free guidance at 1/(2-w) = {1 / (2 - args.w):.2f}{scope}"
+
+
+def table(rows):
+    """log.csv's text."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def save_curves(rows, path):
+    """Loss and Fréchet distance against steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, key, name in zip(axes, ("loss", "fid"), ("loss", "Fréchet distance (lower is better)"), strict=True):
+        points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) not in (None, "")]
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 20 else None)
+        axis.set(xlabel="step", ylabel=name, yscale="log")
+        axis.grid(alpha=0.3)
+    with atomic(path) as f:
+        figure.savefig(f, format="png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
