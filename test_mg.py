@@ -5,17 +5,23 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import fid
 import models
 import sample
 import train_dit_mg
@@ -32,6 +38,10 @@ def own_cache(tmp_path_factory):
     """The digits' feature net is trained into a folder of the tests' own; nothing is looked up on the network."""
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch_home"))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors; and on a busy machine threads wait for each other
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(*command, processes=None, cwd=HERE, env=None, timeout=240):
@@ -772,7 +782,8 @@ def test_the_scripts_are_equal_between_their_fences():
 def test_train_sample_score(kind, tmp_path):
     out = tmp_path / "made" / "for it"
     printed = train(kind, out, "--steps", 4, "--w", 1.5)
-    assert "effective guidance scale" in printed.splitlines()[2] and "= 2.00" in printed.splitlines()[2] and "w=1.5" in printed
+    scale, = (line for line in printed.splitlines() if line.startswith("effective guidance scale"))
+    assert "= 2.00" in scale and "w=1.5" in printed.split(scale)[0]
     assert "| fid | sfid | is | precision | recall | accuracy |" in printed
     assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.csv", "samples.npz", "samples.json", "samples.png", "curves.png"}
     assert len(losses(out)) == 4 and all(np.isfinite(losses(out)))
@@ -785,6 +796,14 @@ def test_train_sample_score(kind, tmp_path):
     other = {"SiT": "DiT-T/2", "DiT": "SiT-T/2"}[kind]
     assert f"--model {other}" in error_of(SCRIPTS[kind].main, "--model", other, "--out", tmp_path / "x")
     assert "fits" not in printed and not (tmp_path / "x").exists()
+
+
+def test_bf16_trains_and_keeps_fp32_weights(tmp_path):
+    train("SiT", tmp_path / "fp32", "--steps", 3)
+    train("SiT", tmp_path / "bf16", "--steps", 3, "--dtype", "bf16")
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    assert np.allclose(losses(tmp_path / "bf16"), losses(tmp_path / "fp32"), rtol=0.02)
+    assert torch.load(tmp_path / "bf16" / "ckpt.pt", weights_only=True)["model"]["blocks.0.attn.qkv.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("flags", [["--w", 1.5], ["--w-range", 1, 3], ["--empty", "labels", "--num-labels", 3],
@@ -911,3 +930,732 @@ def test_training_on_a_folder_through_a_vae(tmp_path):
     assert "2 images" in printed or "12 images of 2 classes" in printed
     train("SiT", tmp_path / "pixels", *flags, "--vae", "none", "--steps", 2)
     assert load_checkpoint(tmp_path / "pixels" / "ckpt.pt")[0].in_channels == 3
+
+
+# ---------------------------------------------------------------- fid.py: metrics against closed forms, scipy and loops
+
+
+def covariance(rng, dim, rank, scale=1.0):
+    x = rng.standard_normal((rank + 1, dim)) * scale
+    return np.cov(x, rowvar=False)
+
+
+def test_fid_frechet_closed_forms():
+    rng = np.random.default_rng(0)
+    s, m1, m2 = covariance(rng, 50, 80), rng.standard_normal(50), rng.standard_normal(50)
+    assert math.isclose(fid.frechet_distance(m1, s, m2, s), ((m1 - m2) ** 2).sum(), rel_tol=1e-9)
+    q, _ = np.linalg.qr(rng.standard_normal((50, 50)))  # commuting: one basis, so the root acts on the eigenvalues
+    a, b = rng.random(50) ** 4, rng.random(50) ** 4
+    a[:20] = b[10:30] = 0
+    want = ((m1 - m2) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum()
+    assert math.isclose(fid.frechet_distance(m1, q * a @ q.T, m2, q * b @ q.T), want, rel_tol=1e-6)
+    assert fid.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + 1)
+    assert fid.frechet_distance(m1, 0 * s, m1, s) == pytest.approx(np.trace(s))
+    for bad in ((m1, s, m2[:3], s), (m1 * np.nan, s, m2, s), (m1, -s, m2, s)):
+        with pytest.raises(ValueError):
+            fid.frechet_distance(*bad)
+
+
+def test_fid_frechet_identical_inputs_are_zero():
+    rng = np.random.default_rng(1)
+    q, _ = np.linalg.qr(rng.standard_normal((500, 500)))
+    covariances = [covariance(rng, 2048, 300, 3.0), covariance(rng, 500, 500, np.exp(rng.standard_normal(500))),
+                   covariance(rng, 500, 501, 20.0), (q * np.logspace(1, -9, 500)) @ q.T, (q * np.logspace(2, -20, 500)) @ q.T]
+    for s in covariances:
+        mu = rng.standard_normal(len(s))
+        assert 0 <= fid.frechet_distance(mu, s, mu, s) < 1e-6
+
+
+def test_fid_frechet_against_sqrtm():
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(2)
+    for rank1, rank2 in ((300, 400), (60, 30), (60, 300), (300, 20), (127, 127)):
+        x1, x2 = rng.standard_normal((rank1 + 1, 128)), rng.standard_normal((rank2 + 1, 128)) * (1 + rng.random(128))
+        s1, s2 = np.cov(x1, rowvar=False), np.cov(x2, rowvar=False)
+        if min(rank1, rank2) >= 128:
+            root = sqrtm(s1 @ s2)
+        else:  # sqrtm is wrong where the product is singular; its eigenvalues other than 0 are those of a a^T
+            a, b = (x - x.mean(0) for x in (x1, x2))
+            q = np.linalg.qr(np.eye(len(a)) - 1 / len(a))[0][:, :-1] if rank1 <= rank2 else \
+                np.linalg.qr(np.eye(len(b)) - 1 / len(b))[0][:, :-1]  # centred rows: drop the direction they miss
+            c = q.T @ a @ b.T if rank1 <= rank2 else q.T @ b @ a.T
+            root = sqrtm(c @ c.T / (rank1 * rank2))
+        mu = rng.standard_normal(128)
+        want = (mu**2).sum() + np.trace(s1) + np.trace(s2) - 2 * np.trace(root).real
+        assert math.isclose(fid.frechet_distance(mu, s1, 0 * mu, s2), want, rel_tol=1e-9), (rank1, rank2)
+
+
+def loop_precision_recall(real, fake, k):
+    def inside(points, manifold):
+        dist = [[math.dist(a, b) for b in manifold] for a in manifold]
+        radius = [sorted(d for j, d in enumerate(row) if j != i)[k - 1] for i, row in enumerate(dist)]
+        return np.mean([any(math.dist(p, m) <= r for m, r in zip(manifold, radius)) for p in points])
+    return inside(fake, real), inside(real, fake)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_fid_precision_recall_against_loops(k):
+    rng = np.random.default_rng(3)
+    for real, fake in [(rng.standard_normal((70, 3)), rng.standard_normal((90, 3)) * 1.7 + 1),
+                       (rng.standard_normal((50, 3)) + 1e4, rng.standard_normal((40, 3)) * 0.5 + 1e4),
+                       (rng.integers(0, 7, (60, 2)), rng.integers(3, 12, (45, 2)))]:  # ties and duplicates
+        want = loop_precision_recall(real.tolist(), fake.tolist(), k)
+        real, fake = (torch.tensor(x, dtype=torch.float64) for x in (real, fake))
+        assert fid.precision_recall(real, fake, k) == pytest.approx(want)
+        assert fid.precision_recall(real, fake, k, block=16) == pytest.approx(want)
+
+
+def test_fid_precision_recall_direction_and_errors():
+    real = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    collapsed = real[:1] + 1e-3 * torch.randn(400, 4, generator=torch.Generator().manual_seed(1))
+    precision, recall = fid.precision_recall(real, collapsed)
+    assert precision > 0.95 and recall < 0.05
+    assert fid.precision_recall(real, real) == (1.0, 1.0)
+    assert fid.precision_recall(real, real[:1].repeat(9, 1)) == (1.0, 1 / 400)  # radius 0
+    assert fid.precision_recall(real, real + 100) == (0.0, 0.0)
+    for fake in (real[:3], real[:, :2], real * math.nan):
+        with pytest.raises(ValueError):
+            fid.precision_recall(real, fake)
+
+
+def test_fid_inception_score_formula():
+    rng = np.random.default_rng(4)
+    p = rng.dirichlet(np.ones(6) * 0.3, 25)
+
+    def score(p):
+        return math.exp(np.mean([sum(x * math.log(x / m) for x, m in zip(row, p.mean(0))) for row in p]))
+    assert fid.inception_score(p) == pytest.approx(score(p), rel=1e-9)
+    assert fid.inception_score(p, 10) == pytest.approx(np.mean([score(p[:10]), score(p[10:20]), score(p[20:])]), rel=1e-9)
+    assert fid.inception_score(np.eye(5)) == pytest.approx(5)  # 0 log 0
+    assert fid.inception_score(np.full((7, 5), 0.2)) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- fid.py: the Inception network
+
+def test_fid_resize_is_tensorflow_1s():
+    x = torch.tensor([[0, 10, 40]], dtype=torch.uint8).view(1, 1, 1, 3)
+    up, down = fid.resize_tf1(x, 6), fid.resize_tf1(x, 2)
+    assert up[0, 0, 0].tolist() == [0, 5, 10, 25, 40, 40]  # at 0, .5, 1, 1.5, 2 and 2.5 (the edge)
+    assert down[0, 0, 0].tolist() == [0, 25]  # at 0 and 1.5
+    assert fid.resize_tf1(x.transpose(2, 3), 6)[0, 0, :, 0].tolist() == [0, 5, 10, 25, 40, 40]
+    y = torch.tensor([[0, 100], [40, 60]], dtype=torch.uint8)[None, None]
+    assert fid.resize_tf1(y, 4)[0, 0, :3, :3].tolist() == [[0, 50, 100], [20, 50, 80], [40, 50, 60]]
+    z = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
+    assert torch.equal(fid.resize_tf1(z), z.float())
+
+
+def inception_layout():
+    """name -> (out, in, kh, kw) of the 94 convolutions of the public file, written down from torchvision's inception_v3."""
+    def block(name, width, *convs):
+        for conv, out, into, kh, kw in convs:
+            layout[f"{name}.{conv}"] = (out, into or width, kh, kw)
+    layout = {}
+    for name, out, into, size in (("1a_3x3", 32, 3, 3), ("2a_3x3", 32, 32, 3), ("2b_3x3", 64, 32, 3), ("3b_1x1", 80, 64, 1),
+                                  ("4a_3x3", 192, 80, 3)):
+        layout[f"Conv2d_{name}"] = (out, into, size, size)
+    for name, width, pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
+        block(f"Mixed_{name}", width, ("branch1x1", 64, 0, 1, 1), ("branch5x5_1", 48, 0, 1, 1), ("branch5x5_2", 64, 48, 5, 5),
+              ("branch3x3dbl_1", 64, 0, 1, 1), ("branch3x3dbl_2", 96, 64, 3, 3), ("branch3x3dbl_3", 96, 96, 3, 3),
+              ("branch_pool", pool, 0, 1, 1))
+    block("Mixed_6a", 288, ("branch3x3", 384, 0, 3, 3), ("branch3x3dbl_1", 64, 0, 1, 1), ("branch3x3dbl_2", 96, 64, 3, 3),
+          ("branch3x3dbl_3", 96, 96, 3, 3))
+    for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+        block(f"Mixed_{name}", 768, ("branch1x1", 192, 0, 1, 1), ("branch7x7_1", c, 0, 1, 1), ("branch7x7_2", c, c, 1, 7),
+              ("branch7x7_3", 192, c, 7, 1), ("branch7x7dbl_1", c, 0, 1, 1), ("branch7x7dbl_2", c, c, 7, 1),
+              ("branch7x7dbl_3", c, c, 1, 7), ("branch7x7dbl_4", c, c, 7, 1), ("branch7x7dbl_5", 192, c, 1, 7),
+              ("branch_pool", 192, 0, 1, 1))
+    block("Mixed_7a", 768, ("branch3x3_1", 192, 0, 1, 1), ("branch3x3_2", 320, 192, 3, 3), ("branch7x7x3_1", 192, 0, 1, 1),
+          ("branch7x7x3_2", 192, 192, 1, 7), ("branch7x7x3_3", 192, 192, 7, 1), ("branch7x7x3_4", 192, 192, 3, 3))
+    for name, width in (("7b", 1280), ("7c", 2048)):
+        block(f"Mixed_{name}", width, ("branch1x1", 320, 0, 1, 1), ("branch3x3_1", 384, 0, 1, 1),
+              ("branch3x3_2a", 384, 384, 1, 3), ("branch3x3_2b", 384, 384, 3, 1), ("branch3x3dbl_1", 448, 0, 1, 1),
+              ("branch3x3dbl_2", 384, 448, 3, 3), ("branch3x3dbl_3a", 384, 384, 1, 3), ("branch3x3dbl_3b", 384, 384, 3, 1),
+              ("branch_pool", 192, 0, 1, 1))
+    return layout
+
+
+def random_inception():
+    """A state dict in pytorch-fid's layout whose activations neither vanish nor explode."""
+    g, state = torch.Generator().manual_seed(0), {}
+    for name, shape in inception_layout().items():
+        out = shape[0]
+        state[f"{name}.conv.weight"] = torch.randn(shape, generator=g) * (2 / math.prod(shape[1:])) ** 0.5
+        state[f"{name}.bn.weight"] = 0.5 + torch.rand(out, generator=g)
+        state[f"{name}.bn.bias"] = torch.randn(out, generator=g) / 10
+        state[f"{name}.bn.running_mean"] = torch.randn(out, generator=g) / 10
+        state[f"{name}.bn.running_var"] = 0.5 + torch.rand(out, generator=g)
+    state["fc.weight"] = torch.randn(1008, 2048, generator=g) / 50
+    state["fc.bias"] = torch.randn(1008, generator=g)
+    return state
+
+
+def plain_inception(state, x):
+    """The network as it is published, eager, with its batch norms -> (pool, spatial, probs). x: (N, 3, 299, 299)."""
+    def c(name, x, stride=1, pad=0):
+        w = f"{name}.conv.weight"
+        bn = [state[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")]
+        return F.relu(F.batch_norm(F.conv2d(x, state[w], None, stride, pad), *bn, eps=0.001))
+
+    def avg(x):
+        ones = torch.ones_like(x[:1, :1])
+        return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(ones, 3, 1, 1)  # the padding is not counted
+    x = c("Conv2d_2b_3x3", c("Conv2d_2a_3x3", c("Conv2d_1a_3x3", x, 2)), 1, 1)
+    x = c("Conv2d_4a_3x3", c("Conv2d_3b_1x1", F.max_pool2d(x, 3, 2)))
+    x = F.max_pool2d(x, 3, 2)
+    for m in ("Mixed_5b.", "Mixed_5c.", "Mixed_5d."):
+        five = c(m + "branch5x5_2", c(m + "branch5x5_1", x), 1, 2)
+        three = c(m + "branch3x3dbl_3", c(m + "branch3x3dbl_2", c(m + "branch3x3dbl_1", x), 1, 1), 1, 1)
+        x = torch.cat([c(m + "branch1x1", x), five, three, c(m + "branch_pool", avg(x))], 1)
+    m = "Mixed_6a."
+    three = c(m + "branch3x3dbl_3", c(m + "branch3x3dbl_2", c(m + "branch3x3dbl_1", x), 1, 1), 2)
+    x = torch.cat([c(m + "branch3x3", x, 2), three, F.max_pool2d(x, 3, 2)], 1)
+    for m in ("Mixed_6b.", "Mixed_6c.", "Mixed_6d.", "Mixed_6e."):
+        one = c(m + "branch1x1", x)
+        if m == "Mixed_6d.":
+            spatial = one[:, :7].permute(0, 2, 3, 1).reshape(len(x), 17 * 17 * 7)
+        a = c(m + "branch7x7_3", c(m + "branch7x7_2", c(m + "branch7x7_1", x), 1, (0, 3)), 1, (3, 0))
+        b = c(m + "branch7x7dbl_3", c(m + "branch7x7dbl_2", c(m + "branch7x7dbl_1", x), 1, (3, 0)), 1, (0, 3))
+        b = c(m + "branch7x7dbl_5", c(m + "branch7x7dbl_4", b, 1, (3, 0)), 1, (0, 3))
+        x = torch.cat([one, a, b, c(m + "branch_pool", avg(x))], 1)
+    m = "Mixed_7a."
+    b = c(m + "branch7x7x3_3", c(m + "branch7x7x3_2", c(m + "branch7x7x3_1", x), 1, (0, 3)), 1, (3, 0))
+    x = torch.cat([c(m + "branch3x3_2", c(m + "branch3x3_1", x), 2), c(m + "branch7x7x3_4", b, 2), F.max_pool2d(x, 3, 2)], 1)
+    for m in ("Mixed_7b.", "Mixed_7c."):
+        a, b = c(m + "branch3x3_1", x), c(m + "branch3x3dbl_2", c(m + "branch3x3dbl_1", x), 1, 1)
+        pooled = avg(x) if m == "Mixed_7b." else F.max_pool2d(x, 3, 1, 1)
+        x = torch.cat([c(m + "branch1x1", x), c(m + "branch3x3_2a", a, 1, (0, 1)), c(m + "branch3x3_2b", a, 1, (1, 0)),
+                       c(m + "branch3x3dbl_3a", b, 1, (0, 1)), c(m + "branch3x3dbl_3b", b, 1, (1, 0)),
+                       c(m + "branch_pool", pooled)], 1)
+    pool = x.mean((2, 3))
+    return pool, spatial, (pool @ state["fc.weight"].T).softmax(1)
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(random_inception(), path)
+    return str(path)
+
+
+def test_fid_inception_layout_is_the_public_files(inception_file, tmp_path):
+    state = torch.load(inception_file)
+    convs = [m for m in fid.InceptionV3(inception_file).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(inception_layout()) == len(convs) == 94 and len(state) == 472
+    assert {k for m in convs for k in m.keys} | {"fc.weight", "fc.bias"} == set(state)
+    assert sum(v.numel() for k, v in state.items() if "running" not in k) == 23_850_960
+    assert sum(v.numel() for v in state.values()) == 23_885_392
+    counters = {k.replace("var", "x").replace("running_x", "num_batches_tracked"): torch.tensor(0) for k in state if "var" in k}
+    torch.save(state | counters, tmp_path / "counters.pth")  # torch adds these, and they say nothing
+    fid.InceptionV3(str(tmp_path / "counters.pth"))
+
+
+def test_fid_inception_equals_the_plain_network(inception_file):
+    net, g = fid.InceptionV3(inception_file), torch.Generator().manual_seed(1)
+    x = torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8, generator=g)
+    with torch.no_grad():
+        want = plain_inception(torch.load(inception_file), (fid.resize_tf1(x) - 128) / 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which must not reach the features
+        got = net(x)
+    assert [tuple(t.shape) for t in got] == [(2, 2048), (2, 2023), (2, 1008)] and not got[0].requires_grad
+    for a, b in zip(got, want):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < 1e-5 * b.abs().max()
+    gray = x[:1, :1]
+    torch.testing.assert_close(net(gray), net(gray.repeat(1, 3, 1, 1)))
+
+
+def test_fid_inception_wrong_weights(inception_file, tmp_path, monkeypatch):
+    state = torch.load(inception_file)
+    missing = {k: v for k, v in state.items() if k != "Mixed_6d.branch1x1.bn.bias"}
+    for name, content in (("missing", missing), ("foreign", {"a": 1}), ("extra", state | {"AuxLogits.fc.bias": state["fc.bias"]}),
+                          ("shape", state | {"fc.weight": torch.zeros(1000, 2048)}), ("list", [1, 2])):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: no Inception weights") as e:
+            fid.InceptionV3(str(tmp_path / name))
+        assert "\n" not in str(e.value)
+    (tmp_path / "text").write_text("hello")
+    for path in ("text", "nowhere"):
+        with pytest.raises(ValueError, match=path):
+            fid.InceptionV3(str(tmp_path / path))
+
+    def download(url, path, sha256):
+        assert url.endswith("pt_inception-2015-12-05-6726825d.pth") and sha256.startswith("6726825d") and len(sha256) == 64
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="no network.*--weights"):
+        fid.InceptionV3()
+    cached = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
+    cached.write_bytes(Path(inception_file).read_bytes())
+    with pytest.raises(ValueError, match="SHA-256"):
+        fid.InceptionV3()
+
+
+# ---------------------------------------------------------------- fid.py: the digits
+
+def test_fid_digits_net(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    real, before = fid.real_images("digits"), torch.get_rng_state()
+    torch.set_num_threads(2)
+    net = fid.digits_net()
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == 2 and torch.is_grad_enabled()
+    pool, spatial, probs = net(real.images)
+    assert pool.shape == (1797, 64) and spatial.shape == (1797, 128) and probs.shape == (1797, 10)
+    held_out = torch.arange(0, 1797, 5)
+    right = (probs.argmax(1) == torch.tensor(real.labels))[held_out].double().mean()
+    assert right >= 0.98
+    (file,) = (tmp_path / "hub" / "checkpoints").iterdir()
+    state = torch.load(file)
+    file.write_bytes(file.read_bytes()[:1000])  # a broken cache is trained again, and comes out the same
+    torch.set_num_threads(1)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.manual_seed(7)
+        again = fid.digits_net().state_dict()
+    assert all(torch.equal(state[k], again[k]) for k in state)
+    assert torch.equal(fid.digits_net()(real.images[:5])[0], net(real.images[:5])[0])  # from the cache
+
+
+# ---------------------------------------------------------------- fid.py: images
+
+def save_image(path, x, **kwargs):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(x).save(path, **kwargs)
+
+
+def test_fid_real_images_digits():
+    from sklearn.datasets import load_digits
+    ds = fid.real_images("digits", 8)
+    x, y = ds[5]
+    assert len(ds) == 1797 and x.shape == (1, 8, 8) and x.dtype == torch.uint8 and type(y) is int
+    assert ds.classes == list("0123456789") and y == load_digits().target[5]
+    assert np.array_equal(x[0].numpy(), np.floor(load_digits().images[5] * 255 / 16 + 0.5))
+    with pytest.raises(ValueError, match="8x8"):
+        fid.real_images("digits", 16)
+
+
+def test_fid_real_images_folder(tmp_path):
+    from PIL import Image
+    rng = np.random.default_rng(5)
+    wide = rng.integers(0, 256, (70, 150, 3), dtype=np.uint8)
+    save_image(tmp_path / "b" / "x.png", wide)
+    save_image(tmp_path / "b" / "nested" / "a.JPEG", np.full((16, 16, 3), 200, np.uint8))
+    save_image(tmp_path / "a" / "z.webp", np.full((20, 16, 3), 9, np.uint8), lossless=True)
+    save_image(tmp_path / "a" / "._z.png", wide)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    ds = fid.real_images(tmp_path, 16)
+    assert ds.classes == ["a", "b"] and [y for _, y in (ds[i] for i in range(3))] == [0, 1, 1]
+    assert [Path(p).name for p in ds.images] == ["z.webp", "a.JPEG", "x.png"]
+    x = Image.fromarray(wide)  # 150x70 -> halved to 75x35, 37x17 (17 < 32 stops) -> bicubic to 35x16 -> the middle 16
+    x = x.resize((75, 35), Image.BOX).resize((37, 17), Image.BOX).resize((35, 16), Image.BICUBIC).crop((9, 0, 25, 16))
+    assert torch.equal(ds[2][0], torch.tensor(np.array(x)).permute(2, 0, 1))
+    assert abs(int(ds[1][0].float().mean()) - 200) <= 1 and (ds[0][0] == 9).all()
+
+
+def test_fid_real_images_modes(tmp_path):
+    from PIL import Image
+    sixteen = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    rgb = np.stack([ramp, ramp.T, 255 - ramp], 2)
+    save_image(tmp_path / "c" / "0.png", sixteen)
+    Image.fromarray(ramp).convert("LA").save(tmp_path / "c" / "1.png")
+    palette = Image.fromarray(rgb).quantize(16)
+    palette.save(tmp_path / "c" / "2.png", transparency=bytes(range(16)))
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "c" / "3.jpg", quality=100)
+    Image.fromarray(np.dstack([rgb, ramp])).save(tmp_path / "c" / "4.png")
+    Image.fromarray(ramp > 128).save(tmp_path / "c" / "5.png")
+    got = [fid.real_images(tmp_path, 16)[i][0].permute(1, 2, 0).numpy() for i in range(6)]
+    assert all(x.shape == (16, 16, 3) and x.dtype == np.uint8 for x in got)
+    assert np.array_equal(got[0], np.stack([ramp] * 3, 2)) and np.array_equal(got[1], got[0])
+    assert np.array_equal(got[2], np.array(palette.convert("RGB"))) and np.array_equal(got[4], rgb)
+    assert np.abs(got[3].astype(int) - rgb).mean() < 6 and set(got[5].ravel()) == {0, 255}
+
+
+def test_fid_real_images_errors(tmp_path):
+    save_image(tmp_path / "flat" / "x.png", np.zeros((8, 8, 3), np.uint8))
+    broken = tmp_path / "data" / "c" / "broken.png"
+    save_image(broken, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    broken.write_bytes(broken.read_bytes()[:2000])
+    for folder in ("nowhere", "flat"):
+        with pytest.raises(ValueError, match=folder):
+            fid.real_images(tmp_path / folder, 8)
+    with pytest.raises(ValueError, match="size"):
+        fid.real_images(tmp_path / "data", 0)
+    with pytest.raises(ValueError, match="broken.png"):
+        fid.real_images(tmp_path / "data", 8)[0]
+
+
+def test_fid_open_images_splits_the_rows(tmp_path):
+    x = np.random.default_rng(7).integers(0, 256, (13, 5, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "stored.npz", labels=np.arange(13), arr_0=x)
+    np.savez_compressed(tmp_path / "x.npz", arr_0=x)
+    for i, image in enumerate(x):
+        save_image(tmp_path / "folder" / str(i % 2) / f"{i:02}.png", image)
+    order = [*range(0, 13, 2), *range(1, 13, 2)]  # a folder's images in the order of their paths
+    for ranks in (1, 3):
+        for name, want in (("stored.npz", x), ("x.npz", x), ("folder", x[order]), (None, x)):
+            seen = {}
+            for rank in range(ranks):
+                images = fid.open_images(tmp_path / name if name else x[rank::ranks])
+                assert images.shape == (5, 4, 3) and images.local == (name is None)
+                for index, part in images.read(4, rank, ranks, 13):
+                    assert 0 < len(index) == len(part) <= 4 and (index % ranks == rank).all()
+                    seen |= dict(zip(index.tolist(), part.numpy(), strict=True))
+            assert list(seen) == sorted(seen) or ranks > 1
+            assert np.array_equal(np.stack([seen[i] for i in range(13)]), want)
+
+
+# ---------------------------------------------------------------- fid.py: evaluation
+
+def digit_samples(n, noise, seed=0):
+    """(images (n, 8, 8, 1), labels): digits with noise."""
+    ds, rng = fid.real_images("digits"), np.random.default_rng(seed)
+    i = rng.integers(0, len(ds), n)
+    x = ds.images[torch.tensor(i)].permute(0, 2, 3, 1).numpy() + rng.normal(0, noise, (n, 8, 8, 1))
+    return x.round().clip(0, 255).astype(np.uint8), np.array(ds.labels)[i]
+
+
+def test_fid_evaluate_is_its_parts(monkeypatch):
+    """The streamed figures are those of all features at once, whatever the batch size."""
+    monkeypatch.setattr(fid, "SPLIT", 200)
+    x, y = digit_samples(501, 30)
+    net, real = fid.digits_net(), fid.real_images("digits").images
+    (p1, s1, _), (p2, s2, probs) = net(real), net(torch.tensor(x).permute(0, 3, 1, 2))
+    want = {"is": fid.inception_score(probs, 200), "accuracy": (probs.argmax(1).numpy() == y).mean()}
+    for key, a, b in (("fid", p1, p2), ("sfid", s1, s2)):
+        stats = [t for f in (a, b) for t in (f.double().mean(0).numpy(), np.cov(f.double().numpy(), rowvar=False))]
+        want[key] = fid.frechet_distance(*stats)
+    want["precision"], want["recall"] = fid.precision_recall(p1, p2)
+    reference = fid.load_reference("digits", "digits")
+    for batch in (1, 7, 64):
+        got = fid.evaluate(x, reference, batch=batch, labels=y)
+        assert got == pytest.approx(want, rel=1e-5)
+    assert set(fid.evaluate(torch.tensor(x), "digits", "digits")) == {"fid", "sfid", "is", "precision", "recall"}
+    same = fid.evaluate(real.permute(0, 2, 3, 1), reference)
+    assert same["fid"] < 1e-6 and same["sfid"] < 1e-6 and same["precision"] == same["recall"] == 1
+
+
+def test_fid_inception_batch_sizes(inception_file):
+    rng = np.random.default_rng(6)
+    a = rng.integers(0, 256, (9, 40, 40, 3), dtype=np.uint8)
+    b = (rng.integers(0, 256, (8, 1, 1, 3)) // 2 + rng.integers(0, 64, (8, 40, 40, 3))).astype(np.uint8)
+    reference = fid.load_reference(b, "inception", weights=inception_file)
+    one, seven, all_ = (fid.evaluate(a, reference, batch=n) for n in (1, 7, 64))
+    assert seven == pytest.approx(one, rel=1e-5) and all_ == pytest.approx(one, rel=1e-5)
+    assert one["fid"] > 1 and one["sfid"] > 1 and one["is"] >= 1
+
+
+def test_fid_two_processes(tmp_path):
+    x, y = digit_samples(203, 20)
+    np.savez_compressed(tmp_path / "x.npz", arr_0=x, labels=y)
+    np.savez(tmp_path / "one.npz", arr_0=x[:129])  # 64 and 64, then 1 and none
+    fid.digits_net()  # into the cache
+    script = tmp_path / "two.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(HERE)!r})
+import json, torch, fid, numpy as np, torch.distributed as dist
+dist.init_process_group("gloo"); rank = dist.get_rank()
+fid.SPLIT, fid.MANIFOLD = 64, 1000
+z = np.load({str(tmp_path / 'x.npz')!r}); x, y = z["arr_0"], z["labels"]
+ref = fid.load_reference("digits", "digits")
+out = [fid.evaluate(x[rank::2], ref, labels=y[rank::2], batch=10), fid.evaluate({str(tmp_path / 'x.npz')!r}, ref),
+       fid.evaluate({str(tmp_path / 'one.npz')!r}, x[rank::2], "digits")]
+json.dump(out, open({str(tmp_path)!r} + f"/{{rank}}.json", "w")); dist.destroy_process_group()
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, str(script)], check=True, env=env, timeout=100, capture_output=True)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert str(first) == str(second)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(fid, "SPLIT", 64)
+        m.setattr(fid, "MANIFOLD", 1000)
+        ref = fid.load_reference("digits", "digits")
+        want = [fid.evaluate(x, ref, labels=y)] * 2 + [fid.evaluate(x[:129], x, "digits")]
+    for a, b in zip(first, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    cli = subprocess.run([*torchrun, str(HERE / "fid.py"), str(tmp_path / "x.npz"), "digits", "--json"], check=True, env=env,
+                         timeout=100, capture_output=True, text=True)
+    alone = fid.evaluate(str(tmp_path / "x.npz"), "digits", "digits")
+    (row,) = json.loads(cli.stdout)
+    assert {k: row[k] for k in alone} == pytest.approx(alone, rel=1e-5)
+
+
+def cli(capsys, *argv):
+    """(exit status, stdout, stderr without progress bars) of fid.py."""
+    try:
+        fid.main([str(a) for a in argv])
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    return status, out, [line for line in err.replace("\r", "\n").splitlines() if line and "img" not in line]
+
+
+def test_fid_cli_table_and_json(tmp_path, capsys):
+    x, y = digit_samples(300, 10)
+    np.savez(tmp_path / "nan.npz", arr_0=x, labels=y)
+    np.savez(tmp_path / "b.npz", arr_0=x[:50])
+    (tmp_path / "nan.json").write_text(json.dumps({"class_labels": "balanced", "num": 300}))
+    status, out, err = cli(capsys, tmp_path / "nan.npz", tmp_path / "b.npz", "digits")
+    lines = out.splitlines()
+    assert status == 0 and len(lines) == 4
+    assert [c.strip() for c in lines[0].split("|")[1:-1]] == [
+        "samples", "images", "labels", "FID", "sFID", "IS", "precision", "recall", "accuracy"]
+    a, b = ([c.strip() for c in line.split("|")[1:-1]] for line in lines[2:])
+    assert a[:3] == [str(tmp_path / "nan.npz"), "300", "balanced"] and b[1:3] == ["50", "-"] and b[8] == "-"
+    want = fid.evaluate(x, "digits", "digits", labels=y)
+    assert [float(v) for v in a[3:]] == pytest.approx(list(want.values()), abs=1e-4)
+    assert len(err) == 1 and "b.npz" in err[0] and "warning" in err[0]  # 50 images, 64 features
+    status, out, _ = cli(capsys, tmp_path / "nan.npz", "digits", "--json", "--batch", 7)
+    (row,) = json.loads(out)
+    assert row["labels"] == "balanced" and {k: row[k] for k in want} == pytest.approx(want, rel=1e-5)
+
+
+def test_fid_references(tmp_path, capsys):
+    """The same images as .npz, folder, class folders and saved statistics give the same figures."""
+    x = np.repeat(digit_samples(90, 10)[0], 3, 3)
+    fake = digit_samples(80, 40, seed=1)[0]
+    np.savez(tmp_path / "fake.npz", arr_0=fake)
+    np.savez(tmp_path / "real.npz", arr_0=x)
+    for i, image in enumerate(x):
+        save_image(tmp_path / "flat" / f"{i:03}.png", image)
+        save_image(tmp_path / "classes" / str(i % 3) / f"{i:03}.png", image.repeat(2, 0).repeat(2, 1))  # box-halved again
+    want = fid.evaluate(fake, x, "digits")
+    for name in ("real.npz", "flat", "classes"):
+        out = tmp_path / f"{name}.stats.npz"
+        status, text, err = cli(capsys, tmp_path / "fake.npz", tmp_path / name, "--json", "--save-stats", out)
+        assert status == 0, err
+        assert json.loads(text)[0]["fid"] == pytest.approx(want["fid"], rel=1e-9)
+        stats = np.load(out)
+        assert {k: v.shape for k, v in stats.items()} == {"mu": (64,), "sigma": (64, 64), "mu_s": (128,),
+                                                          "sigma_s": (128, 128), "arr_0": (90, 8, 8, 3)}
+        assert fid.evaluate(fake, str(out), "digits") == pytest.approx(want, rel=1e-9)
+    np.savez(tmp_path / "only.npz", **{k: v for k, v in stats.items() if k != "arr_0"})
+    status, text, _ = cli(capsys, tmp_path / "fake.npz", tmp_path / "only.npz")
+    cells = [c.strip() for c in text.splitlines()[2].split("|")[1:-1]]
+    assert status == 0 and float(cells[3]) == pytest.approx(want["fid"], abs=1e-4) and cells[6:8] == ["-", "-"]
+    status, text, _ = cli(capsys, tmp_path / "fake.npz", tmp_path / "only.npz", "--json")
+    assert json.loads(text)[0]["precision"] is None
+    assert math.isnan(fid.evaluate(fake, str(tmp_path / "only.npz"), "digits")["recall"])
+
+
+def test_fid_manifold_is_the_first_images_of_the_reference(monkeypatch):
+    monkeypatch.setattr(fid, "MANIFOLD", 100)
+    x, fake = digit_samples(300, 5)[0], digit_samples(150, 30, seed=1)[0]
+    a, b = fid.evaluate(fake, x, "digits", batch=32), fid.evaluate(fake, x[:100], "digits")
+    assert (a["precision"], a["recall"]) == (b["precision"], b["recall"]) and a["fid"] != pytest.approx(b["fid"])
+
+
+BAD = {
+    "good.npz digits --nosuch 3": "--nosuch",
+    "good.npz": "REFERENCE",
+    "nowhere.npz digits": "nowhere.npz",
+    "good.npz nowhere": "nowhere",
+    "good.npz digits --batch 0": "--batch",
+    "good.npz digits --batch x": "--batch",
+    "good.npz digits --features resnet": "--features",
+    "good.npz digits --weights good.npz": "weights",
+    "good.npz digits --features inception --weights good.npz": "good.npz",
+    "good.npz digits --features inception --weights nowhere.pth": "nowhere.pth",
+    "good.npz digits --save-stats nowhere/x.npz": "--save-stats",
+    "good.npz digits --save-stats x.txt": "--save-stats",
+    "good.npz other.npz --save-stats good.npz": "--save-stats",
+    "one.npz digits": "one.npz",
+    "good.npz one.npz": "one.npz",
+    "mixed digits": "mixed",
+    "empty digits": "empty",
+    "broken digits": "broken",
+    "float.npz digits": "float.npz",
+    "chw.npz other.npz --features inception": "chw.npz",
+    "flat.npz digits": "flat.npz",
+    "noarr.npz digits": "arr_0",
+    "objects.npz digits": "never unpickled",
+    "truncated.npz digits": "truncated.npz",
+    "short.npz digits": "short.npz",
+    "corrupt.npz digits": "corrupt.npz",
+    "text.npz digits": "text.npz",
+    "badlabels.npz digits": "labels",
+    "good.npz nanstats.npz": "nanstats.npz",
+    "good.npz partstats.npz": "mu_s",
+    "good.npz good.npz --features inception --weights w.pth": "w.pth",
+    "big.npz digits": "big.npz",
+    "good.npz big.npz --features digits": "big.npz",
+    "good.npz big.npz other.npz": "big.npz",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    d = tmp_path_factory.mktemp("bad")
+    x, y = digit_samples(64, 10)
+    np.savez(d / "good.npz", arr_0=x)
+    np.savez(d / "other.npz", arr_0=x)
+    np.savez(d / "one.npz", arr_0=x[:1])
+    np.savez(d / "float.npz", arr_0=x / 255)
+    np.savez(d / "chw.npz", arr_0=x.transpose(0, 3, 1, 2))
+    np.savez(d / "flat.npz", arr_0=x[..., 0])
+    np.savez(d / "noarr.npz", images=x)
+    np.savez(d / "objects.npz", arr_0=np.array([x, None], dtype=object))
+    np.savez(d / "badlabels.npz", arr_0=x, labels=y[:5])
+    np.savez(d / "big.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    stats = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(128), "sigma_s": np.eye(128)}
+    np.savez(d / "nanstats.npz", **stats | {"sigma": np.eye(64) * np.nan})
+    np.savez(d / "partstats.npz", mu=stats["mu"], sigma=stats["sigma"])
+    good = (d / "good.npz").read_bytes()
+    (d / "truncated.npz").write_bytes(good[:-200])
+    i = good.index(x.tobytes())
+    (d / "corrupt.npz").write_bytes(good[:i + 50] + bytes([good[i + 50] ^ 255]) + good[i + 51:])  # the checksum tells
+    with zipfile.ZipFile(d / "short.npz", "w") as z, zipfile.ZipFile(d / "good.npz") as g:
+        z.writestr("arr_0.npy", g.read("arr_0.npy")[:-1])
+    (d / "text.npz").write_text("hello")
+    (d / "w.pth").write_text("hello")
+    (d / "empty").mkdir()
+    for name, size in (("a", 8), ("b", 9)):
+        save_image(d / "mixed" / f"{name}.png", np.zeros((size, 8, 3), np.uint8))
+        save_image(d / "broken" / f"{name}.png", np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    (d / "broken" / "b.png").write_bytes((d / "broken" / "b.png").read_bytes()[:90])
+    return d
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_fid_bad_input(line, bad_files, monkeypatch, capsys):
+    monkeypatch.chdir(bad_files)
+    before = {p: p.stat().st_mtime_ns for p in bad_files.rglob("*")}
+    status, out, err = cli(capsys, *line.split())
+    assert status == 2 and not out and len(err) == 1 and BAD[line] in err[0], (status, out, err)
+    assert before == {p: p.stat().st_mtime_ns for p in bad_files.rglob("*")}
+
+
+def test_fid_fails_before_the_features(bad_files, monkeypatch, capsys):
+    """A bad second file or reference is named before the first image goes through a network."""
+    monkeypatch.chdir(bad_files)
+    monkeypatch.setattr(fid, "statistics", lambda *_, **__: pytest.fail("too late"))
+    for line in ("good.npz float.npz digits", "good.npz other.npz nanstats.npz", "good.npz truncated.npz",
+                 "good.npz short.npz digits", "good.npz one.npz digits", "good.npz other.npz mixed"):
+        assert cli(capsys, *line.split())[0] == 2
+
+
+def test_fid_help_is_quick_and_complete():
+    start = time.time()
+    out = subprocess.run([sys.executable, str(HERE / "fid.py"), "--help"], capture_output=True, text=True, check=True).stdout
+    assert time.time() - start < 15
+    for flag in ("--features", "--weights", "--batch", "--json", "--save-stats"):
+        assert flag in out
+    assert out.count("(default:") == 5
+
+
+# ---------------------------------------------------------------- python test_mg.py: benchmarks
+
+def ratios(functions, rounds):
+    """Times the functions in alternation -> {name: median of its time over the first one's in the same round}."""
+    for function in functions.values():
+        function()  # warm up
+    times = []
+    for _ in range(rounds):
+        row = []
+        for function in functions.values():
+            start = time.perf_counter()
+            function()
+            row.append(time.perf_counter() - start)
+        times.append(row)
+    times = np.array(times)
+    return dict(zip(functions, np.median(times / times[:, :1], 0).tolist(), strict=True)), float(np.median(times[:, 0]))
+
+
+def training_step(kind, name, input_size, in_channels, batch, **options):
+    """One whole training step (loss, backward, AdamW, EMA), as a function."""
+    model = random_model(name, input_size, in_channels).train()
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
+    weights, ema_weights = list(model.parameters()), list(ema.parameters())
+    x0, y = torch.randn(batch, in_channels, input_size, input_size), torch.randint(10, (batch,))
+    teacher = {"plain": None, "ema": ema, "online": model}[options.pop("teacher")]
+
+    def step():
+        SCRIPTS[kind].mg_loss(model, teacher, x0, y, 1.5, **options).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema_weights, weights, 1e-4)
+    return step
+
+
+MEASURE = """import sys, time; sys.path.insert(0, {root!r}); import fid, torch
+def peak():  # MB; getrusage's maximum would be that of the process which started this one
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+"""
+PEAK = MEASURE + """fid.evaluate({path!r}, "digits", "digits"); print(peak())"""
+PR = MEASURE + """g = torch.Generator().manual_seed(0); a, b = (torch.randn(10000, 2048, generator=g) for _ in "ab")
+before = peak(); t = time.time(); fid.precision_recall(a, b); print(time.time() - t, peak() - before)"""
+
+
+def bench_fid(folder):
+    """The evaluator: two things in alternation, median ratio."""
+    from statistics import median
+
+    from scipy.linalg import sqrtm
+
+    def clock(f):
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+
+    rng = np.random.default_rng(0)
+    stats = []
+    for _ in range(2):
+        x = rng.standard_normal((5000, 2048)) * np.exp(rng.standard_normal(2048))
+        stats += [x.mean(0), np.cov(x, rowvar=False)]
+    ours, theirs = zip(*[(clock(lambda: fid.frechet_distance(*stats)), clock(lambda: sqrtm(stats[1] @ stats[3])))
+                         for _ in range(3)])
+    print(f"Frechet distance, 2048 dimensions: {median(ours):.2f} s, sqrtm {median(theirs):.2f} s, "
+          f"{median(b / a for a, b in zip(ours, theirs)):.1f} times as fast")
+
+    path, state = os.path.join(folder, "bench_inception.pth"), random_inception()
+    torch.save(state, path)
+    net, images = fid.InceptionV3(path), torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
+
+    def plain():
+        with torch.no_grad():
+            plain_inception(state, (fid.resize_tf1(images) - 128) / 128)
+    net(images), plain()
+    ours, theirs = zip(*[(clock(lambda: net(images)), clock(plain)) for _ in range(5)])
+    print(f"Inception features: {16 / median(ours):.1f} images/s, plain eager {16 / median(theirs):.1f}, "
+          f"{median(b / a for a, b in zip(ours, theirs)):.2f} times")
+    os.remove(path)
+
+    peaks = []
+    for n in (2000, 20000):
+        path = os.path.join(folder, f"bench_{n}.npz")
+        np.savez(path, arr_0=digit_samples(n, 10)[0])
+        fid.digits_net()
+        run = subprocess.run([sys.executable, "-c", PEAK.format(root=str(HERE), path=path)], capture_output=True, text=True,
+                             check=True)
+        peaks.append(float(run.stdout))
+        os.remove(path)
+    print(f"Peak memory of 2,000 images {peaks[0]:.0f} MB, of 20,000 {peaks[1]:.0f} MB: {peaks[1] / peaks[0] - 1:+.1%}")
+    run = subprocess.run([sys.executable, "-c", PR.format(root=str(HERE))], capture_output=True, text=True, check=True)
+    seconds, memory = map(float, run.stdout.split())
+    print(f"Precision and recall, 10,000 x 10,000 x 2048: {seconds:.1f} s, {memory:.0f} MB beside the features")
+
+
+def bench():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of ratios, taken in alternation\n")
+    print("| one training step, time over plain's | plain, ms | ema | ema, t_max .75 | online | online, t_max .75 | 4 labels |")
+    print("|---|---|---|---|---|---|---|")
+    for kind, name, shape, batch_size, rounds in (("SiT", "SiT-T/2", (8, 1), 64, 40), ("DiT", "DiT-T/2", (8, 1), 64, 40),
+                                                  ("SiT", "SiT-S/2", (32, 4), 4, 8)):
+        got, plain = ratios({label: training_step(kind, name, *shape, batch_size, **options) for label, options in {
+            "plain": {"teacher": "plain"}, "ema": {"teacher": "ema"}, "ema.75": {"teacher": "ema", "t_max": 0.75},
+            "online": {"teacher": "online"}, "online.75": {"teacher": "online", "t_max": 0.75},
+            "labels": {"teacher": "ema", "empty": "labels", "num_labels": 4}}.items()}, rounds)
+        print(f"| {name}, batch {batch_size} | {plain * 1000:.0f} | " + " | ".join(f"{r:.2f}" for r in list(got.values())[1:]) + " |")
+    model, labels = random_model(), torch.arange(100) % 10
+    got, mg = ratios({f"cfg {cfg}": lambda cfg=cfg: generate(model, labels, torch.arange(100), steps=25, cfg=cfg)
+                      for cfg in (1.0, 2.0)}, 15)
+    print(f"\nsampling, SiT-T/2, 25 steps: MG {100 / mg:.0f} images/s, {got['cfg 2.0']:.2f} times those with CFG")
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench_fid(folder)
+
+
+if __name__ == "__main__":
+    bench()

@@ -17,6 +17,7 @@ import io
 import itertools
 import math
 import os
+import textwrap
 import time
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def parse_args(argv):
     p.add_argument("--drop", type=float, help="share of samples that get the empty class (Table 4) [0.1]")
     p.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1 [%(default)s]")
     p.add_argument("--start", "--start-step", type=int, default=0, help="steps of plain training first [%(default)s]")
-    p.add_argument("--w-ramp", type=int, help="steps over which w then rises from 1 [0; with --init a tenth of --steps]")
+    p.add_argument("--w-ramp", type=int, help="steps over which w then rises from 1 [0; with --init 1000]")
     p.add_argument("--init", metavar="CKPT", help="start from these weights: ours, or DiT's, SiT's, REPA's, MG's files [random]")
     p.add_argument("--teacher", choices=["ema", "online"], default="ema", help="of Eq. 18, or of Eq. 20 [%(default)s]")
     p.add_argument("--empty", choices=["class", "labels"], default="class", help="labels: no empty class (Eq. 23) [%(default)s]")
@@ -174,7 +175,7 @@ def parse_args(argv):
     if args.drop is None:
         args.drop = 0.1 if args.empty == "class" else 0.0
     if args.w_ramp is None:
-        args.w_ramp = args.steps // 10 if args.init and not args.w_range else 0
+        args.w_ramp = 1000 if args.init and not args.w_range else 0
     if args.out is None:
         scale = "-".join(map(str, args.w_range)) if args.w_range else args.w
         args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).name}-w{scale}"
@@ -226,8 +227,8 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def initialize(model, args, kwargs):
-    """The new model with the weights of --init where they fit: -> (model, what to warn of or None). ValueError if they don't.
+def initialize(args, kwargs):
+    """A new model with the weights of --init where they fit: -> (model, what to warn of or None). ValueError if they don't.
 
     The label table may have other classes, and the w input may be new; everything else must be there in the right shape.
     """
@@ -288,18 +289,22 @@ def main(argv=None):
                   "scale_aware": args.w_range is not None, "empty_class": args.empty == "class", "freq_divisor": 127, "kind": KIND}
         if args.empty == "labels" and args.num_labels >= kwargs["num_classes"]:
             raise ValueError(f"--num-labels {args.num_labels}: must be less than the number of classes, {kwargs['num_classes']}")
+        checkpoint, warning = None, None
+        if (out / "ckpt.pt").exists():
+            checkpoint = models.read_checkpoint(out / "ckpt.pt")
+            if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+                raise ValueError(f"--out {out}: its ckpt.pt is not of this project; give another --out")
+            kwargs["freq_divisor"] = checkpoint["config"]["freq_divisor"]
         torch.manual_seed(args.seed)
-        model, warning = models.create_model(args.model, **kwargs), None
-        if args.init:
-            model, warning = initialize(model, args, kwargs)
+        if args.init and not checkpoint:
+            model, warning = initialize(args, kwargs)
+        else:
+            model = models.create_model(args.model, **kwargs)
         if model.kind != KIND:
             raise ValueError(f"--model {args.model}: this script trains {KIND}; train_{model.kind.lower()}_mg.py trains that")
         # what the weights depend on, and all that sample.py needs to know
         config = {key: value for key, value in vars(args).items() if key not in FREE} | kwargs
-        checkpoint = models.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
         if checkpoint:
-            if "config" not in checkpoint:
-                raise ValueError(f"--out {out}: its ckpt.pt is not of this project; give another --out")
             for key, value in checkpoint["config"].items():
                 if config.get(key) != value:
                     raise ValueError(f"--out {out} holds a run with {key} {value}, not {config.get(key)}: "
@@ -319,8 +324,8 @@ def main(argv=None):
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net, broadcast_buffers=False) if ddp else net
-    teacher = ema if args.teacher == "ema" else model
+    net = DistributedDataParallel(net, forward_sync_buffers=False) if ddp else net
+    teacher = ema if args.teacher == "ema" else net
     weights, ema_weights = list(model.parameters()), list(ema.parameters())
     order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
     if args.data == "digits":
@@ -329,18 +334,21 @@ def main(argv=None):
     else:
         data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
     # ---------------- logging and evaluation
-    rows = []
+    rows, row, started = [], {"step": first}, time.perf_counter()
     if rank == 0:
-        print(" ".join(f"{key}={value}" for key, value in sorted((vars(args) | kwargs).items())))
+        print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted((vars(args) | kwargs).items())), 128,
+                            break_on_hyphens=False, break_long_words=False))
         print(f"{sum(w.numel() for w in weights) / 1e6:.2f} M parameters, {len(images)} images of {len(images.classes)} "
               f"classes, {world} x {device.type}" + (f", resuming from step {first}" if first else ""))
-        print(describe_w(args))
+        print(describe_w(args, len(images.classes)))
         if warning:
             print(warning)
         out.mkdir(parents=True, exist_ok=True)
         if first and (out / "log.csv").exists():
             with open(out / "log.csv", newline="") as f:
                 rows = [row for row in csv.DictReader(f) if int(row["step"]) <= first]
+            if rows and first == args.steps == int(rows[-1]["step"]):
+                row = rows.pop()  # trained to the end before: it is scored again
         with atomic(out / "log.csv") as f:
             f.write(table(rows).encode())
 
@@ -429,28 +437,32 @@ def main(argv=None):
             log(row)
         losses, begin, done = [], time.perf_counter(), step
     bar.close()
-    if first == args.steps:
-        row = {"step": first}
     metrics = evaluate(args.steps, row)
     if rank == 0:
         if metrics:
             print(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | " + " | ".join(metrics) + " |")
             print("|---" * (len(metrics) + 1) + "|")
             print(f"| {args.model} at step {args.steps}, w {config['w']} | " + " | ".join(f"{m:.3f}" for m in metrics.values()) + " |")
-        print(f"\n{out}: ckpt.pt, log.csv, samples.npz, samples.png, curves.png")
+        print(f"\n{args.steps - first} steps and the evaluation in {time.perf_counter() - started:.0f} s; {out} has ckpt.pt, log.csv, "
+              f"curves.png, samples.png, samples.npz")
     if ddp:
         dist.destroy_process_group()
 
 
-def describe_w(args):
+def describe_w(args, classes):
     """The line that says what --w means for this run."""
     if args.w_range:
         return f"scale-aware: one network for guidance scales {args.w_range[0]} to {args.w_range[1]}, chosen when sampling"
-    if args.w >= 2:
-        return (f"warning: at --w {args.w} the effective guidance scale 1/(2-w) has no bound: it grows for as long as the run "
-                f"lasts, the slower the EMA the slower. The paper's best is 1.5")
+    # out(c) = out*(c) + (w-1) (out(c) - uncond); with --empty labels, uncond moves too: it is the mean of the other classes
+    gain, around = (1, "") if args.empty == "class" else (classes / (classes - 1), ", around the mean of the classes")
+    effective = 1 - (args.w - 1) * gain
+    if effective <= 0:
+        return (f"warning: at --w {args.w} the effective guidance scale has no bound (it has below {1 + 1 / gain:.3g}): it grows for "
+                f"as long as the run lasts, the slower the EMA the slower. The paper's best is 1.5")
     scope = "" if args.t_max == 1 else f", at noise times up to {args.t_max}"
-    return f"effective guidance scale: MG at w {args.w} acts as classifier-free guidance at 1/(2-w) = {1 / (2 - args.w):.2f}{scope}"
+    formula = "1/(2-w)" if gain == 1 else f"1/(1 - (w-1) {classes}/{classes - 1})"
+    return (f"effective guidance scale: MG at w {args.w} acts as classifier-free guidance at {formula} = {1 / effective:.2f}"
+            f"{around}{scope}")
 
 
 def table(rows):
