@@ -324,7 +324,7 @@ def main(argv=None):
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net, forward_sync_buffers=False) if ddp else net
+    net = DistributedDataParallel(net, forward_sync_buffers=False) if world > 1 else net
     teacher = ema if args.teacher == "ema" else net
     weights, ema_weights = list(model.parameters()), list(ema.parameters())
     order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
@@ -400,7 +400,7 @@ def main(argv=None):
             if vae:
                 mean, std = models.encode(vae, x0)
                 x0 = mean + std * posterior[part]
-            sync = net.no_sync() if ddp and a < args.accum - 1 else contextlib.nullcontext()
+            sync = net.no_sync() if world > 1 and a < args.accum - 1 else contextlib.nullcontext()
             with sync, torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = mg_loss(net, teacher if step >= args.start else None, x0, y, w[part], t_max=args.t_max,
                                empty=args.empty, num_labels=args.num_labels,
