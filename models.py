@@ -388,7 +388,7 @@ def from_diffusers(folder):
 
 def main():
     from torch.utils.flop_counter import FlopCounterMode
-    print("| model | parameters (M) | GFLOPs per pass (multiply-adds, 256x256 images as 32x32x4 latents) |\n|---|---|---|")
+    print("| model | parameters (M) | GFLOPs a pass (multiply-adds; 32x32x4 latents of 256x256 images, T: 8x8 digits) |\n|---|---|---|")
     for name in NAMES[:-1]:
         size = 8 if "-T/" in name else 32
         with torch.device("meta"):
@@ -397,7 +397,8 @@ def main():
             with FlopCounterMode(display=False) as counter:
                 model(x, t, y)
         parameters = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()  # DiT counts the positions
-        print(f"| {name} | {parameters / 1e6:.2f} | {counter.get_total_flops() / 2e9:.2f} |")
+        gflops = counter.get_total_flops() / 2e9
+        print(f"| {name} | {parameters / 1e6:.2f} | {gflops:.{2 if gflops > 0.1 else 4}f} |")
 
 
 if __name__ == "__main__":

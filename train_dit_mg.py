@@ -32,9 +32,9 @@ import fid
 import models
 from sample import atomic, save_grid, write_samples
 
-# ================================================================ DiT
+# ================================================================ this script's own: the path
 
-KIND, T = "DiT", 1000  # T: times
+KIND, T = "DiT", 1000  # T: the number of times
 
 
 def draw_t(u):
@@ -43,10 +43,10 @@ def draw_t(u):
 
 
 PRESETS = {  # defaults by --data
-    "digits": {"model": "DiT-T/2", "image_size": 8, "vae": "none", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": 2400,
+    "digits": {"model": f"{KIND}-T/2", "image_size": 8, "vae": "none", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": 2400,
                "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "save_every": 800, "log_every": 50, "eval_batch": 500},
     # the paper's ImageNet recipe
-    "folder": {"model": "DiT-XL/2", "image_size": 256, "vae": "stabilityai/sd-vae-ft-ema", "batch": 256, "lr": 1e-4,
+    "folder": {"model": f"{KIND}-XL/2", "image_size": 256, "vae": "stabilityai/sd-vae-ft-ema", "batch": 256, "lr": 1e-4,
                "ema": 0.9999, "steps": 400_000, "eval_every": 50_000, "eval_samples": 5000, "eval_steps": 250,
                "save_every": 10_000, "log_every": 100, "eval_batch": 64},
 }
@@ -100,7 +100,7 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
             cond = out[k, :C].to(target.dtype) if reuse else outs[:, 0]                            # (K, C, H, W)
             uncond = outs[:, 0 if reuse else 1:].mean(1)                                           # of the empty class, or Eq. 23
             target[k] += (w[k] - 1).view(-1, 1, 1, 1) * (cond - uncond)                            # MG: Eq. 18, 20, 22
-    # ============================================================ DiT
+    # ============================================================ this script's own: the loss
 
     # 3. learn
     loss = (out[:, :C] - target).square().mean((1, 2, 3))                                          # Eq. 17
@@ -367,11 +367,14 @@ def main(argv=None):
         metrics = fid.evaluate(path, reference, features) if reference else {}
         if rank == 0:
             log(row | metrics)
+            if metrics:
+                tqdm.write(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | {' | '.join(metrics)} |\n"
+                           f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {config['w']} | "
+                           + " | ".join(f"{value:.3f}" for value in metrics.values()) + " |")
             shown = torch.linspace(0, classes - 1, min(classes, 10)).long()[:, None] + classes * torch.arange(10)
             drawn = np.load(path)["arr_0"]
             save_grid(drawn[shown[shown < len(drawn)]], out / "samples.png", columns=10)
             save_curves(rows, out / "curves.png")
-        return metrics
 
     def uniform(*shape):
         return torch.rand(args.batch, *shape, generator=generator, device=device)
@@ -437,12 +440,8 @@ def main(argv=None):
             log(row)
         losses, begin, done = [], time.perf_counter(), step
     bar.close()
-    metrics = evaluate(args.steps, row)
+    evaluate(args.steps, row)
     if rank == 0:
-        if metrics:
-            print(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | " + " | ".join(metrics) + " |")
-            print("|---" * (len(metrics) + 1) + "|")
-            print(f"| {args.model} at step {args.steps}, w {config['w']} | " + " | ".join(f"{m:.3f}" for m in metrics.values()) + " |")
         print(f"\n{args.steps - first} steps and the evaluation in {time.perf_counter() - started:.0f} s; {out} has ckpt.pt, log.csv, "
               f"curves.png, samples.png, samples.npz")
     if ddp:
