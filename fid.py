@@ -166,7 +166,7 @@ def open_images(data, size=None):
 
     elif name == "digits" or os.path.isdir(name):
         files = [] if name == "digits" else list_images(name)
-        flat = os.path.normpath(name) in {os.path.normpath(os.path.dirname(f)) for f in files}
+        flat = {os.path.normpath(os.path.dirname(f)) for f in files} == {os.path.normpath(name)}
         if name == "digits" or size and files and not flat:
             real = real_images(name, None if name == "digits" else size)
             count, shape = len(real), real[0][0].permute(1, 2, 0).shape
@@ -543,7 +543,7 @@ def statistics(net, images, *, batch=64, stop=None, keep=None, labels=None, prog
     moments = [[torch.zeros(size, **float64) for size in ((d,), (d,), (d, d))] for d in net.widths[:2]]
     splits = -(-count // SPLIT)
     p_sum, p_log_p = torch.zeros(splits, net.widths[2], **float64), torch.zeros(splits, **float64)
-    features = torch.zeros(min(count, keep or count), net.widths[0], device=device)  # each rank fills its rows
+    features = torch.zeros(min(count, count if keep is None else keep), net.widths[0], device=device)  # each rank fills its rows
     done = right = 0
     with tqdm(total=count, desc=images.name, unit="img", disable=not progress or rank > 0) as bar:
         for index, x in images.read(batch, rank, ranks, count):
@@ -646,7 +646,8 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
         labels = torch.as_tensor(labels).cpu()
         if labels.shape != (images.count,):
             raise ValueError(f"{images.name}: labels must be {images.count} integers, not {tuple(labels.shape)}")
-    got = statistics(ref.net, images, batch=batch, labels=labels, progress=progress)
+    got = statistics(ref.net, images, batch=batch, labels=labels, progress=progress,
+                     keep=0 if ref.features is None else None)  # precision and recall alone need them
     figures = torch.zeros(4, dtype=torch.float64, device=got.features.device)
     if world()[0] == 0:
         for name, count in ((images.name, got.count), ("reference", ref.count)):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -240,7 +241,7 @@ def read_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: not a checkpoint, or one with code in its pickle, which is never run") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error):
         raise ValueError(f"{path}: truncated, or not a checkpoint") from None
 
 
@@ -254,18 +255,19 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         state, config = from_diffusers(Path(path))
     else:
         checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"{path}: not a checkpoint")
-        if "config" in checkpoint and weights in checkpoint:
-            state, config = checkpoint[weights], checkpoint["config"] | {"step": checkpoint["step"]}
-        else:
-            state, config = from_public(checkpoint, weights, path)
+        try:
+            if "config" in checkpoint and weights in checkpoint:
+                state, config = checkpoint[weights], checkpoint["config"] | {"step": checkpoint["step"]}
+            else:
+                state, config = from_public(checkpoint, weights, path)
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError):
+            raise ValueError(f"{path}: not a checkpoint of this project, DiT, SiT, REPA or MG") from None
     keys = "input_size", "in_channels", "num_classes", "scale_aware", "empty_class", "freq_divisor", "kind"
     try:
         with torch.device("meta"):  # no time lost on an initialisation that is then overwritten
             model = create_model(config["model"], **{key: config[key] for key in keys})
         model.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, RuntimeError) as e:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path}: not a whole checkpoint ({str(e).strip().splitlines()[-1].strip()[:200]})") from None
     for embedder in model.modules():
         if isinstance(embedder, ScalarEmbedder):
@@ -356,7 +358,7 @@ def save_diffusers(model, config, vae, folder):
             new |= {f"{name}.{part}": value if third is None else value.chunk(3)[third] for name in names}
     transformer.load_state_dict(new)
     scheduler = DDIMScheduler(1000, float(BETAS[0]), float(BETAS[-1]), "linear", clip_sample=False, timestep_spacing="trailing")
-    temporary = Path(f"{folder}.tmp")
+    temporary = Path(folder).with_name(f"{Path(folder).name}.tmp")
     DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler).save_pretrained(temporary)
     (temporary / "mg.json").write_text(json.dumps(config, indent=1) + "\n")
     os.replace(temporary, folder)

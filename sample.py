@@ -155,7 +155,7 @@ def generate(model, labels, seeds, *, sampler=None, steps=250, w=None, cfg=1.0, 
 @torch.no_grad()
 def draw(model, labels, seeds, *, sampler=None, **options):
     """generate() before decoding and rounding: x_0 (N, C, H, W), float32."""
-    device, shape = next(model.parameters()).device, (model.in_channels, model.input_size, model.input_size)
+    device, shape = next(model.parameters(), torch.empty(0)).device, (model.in_channels, model.input_size, model.input_size)
     streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]  # the same on every device
 
     def randn():
@@ -218,8 +218,11 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
     if world > 1:
         dist.barrier()
     starts = list(range(0, len(labels), batch))
-    todo = [start for start in starts[rank::world] if not (parts / f"{start}.npy").exists()]
-    begin, made = time.perf_counter(), 0
+    missing = [start for start in starts if not (parts / f"{start}.npy").exists()]
+    if world > 1:
+        dist.barrier()  # every process has looked before any of them draws
+    todo, made = missing[rank::world], sum(min(batch, len(labels) - start) for start in missing)
+    begin = time.perf_counter()
     for start in tqdm(todo, desc="samples", unit="batch", disable=rank > 0, leave=False):
         index = torch.arange(start, min(start + batch, len(labels)))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
@@ -227,10 +230,9 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
                               interval=interval, vae=vae, progress=rank == 0)
         with atomic(parts / f"{start}.npy") as f:
             np.save(f, images.numpy())
-        made += len(images)
-    seconds = time.perf_counter() - begin
     if world > 1:
         dist.barrier()
+    seconds = time.perf_counter() - begin
     if rank == 0:
         files = [parts / f"{start}.npy" for start in starts]
         if path.suffix == ".png":
@@ -241,7 +243,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
         shutil.rmtree(parts)
     if world > 1:
         dist.barrier()
-    return f"{made * world / seconds:.1f} images/s on {world} x {device.type}" if made else "all of them drawn before"
+    return f"{made / seconds:.1f} images/s on {world} x {device.type}" if made else "all of them drawn before"
 
 
 def write_json(path, value):
@@ -290,6 +292,8 @@ def parse_args(argv):
     for flag, value, ok, rule in [
             ("--num", args.num, args.num is None or args.num > 0, "at least 1"),
             ("--steps", args.steps, args.steps > 0, "at least 1"),
+            ("--cfg", args.cfg, math.isfinite(args.cfg), "a number"),
+            ("--w", args.w, args.w is None or math.isfinite(args.w), "a number"),
             ("--batch", args.batch, args.batch > 0, "at least 1"),
             ("--seed", args.seed, 0 <= args.seed < 2 ** 31, "0 to 2^31 - 1"),
             ("--interval", args.interval, 0 <= args.interval[0] < args.interval[1] <= 1, "two noise times, 0 <= LO < HI <= 1"),
@@ -307,6 +311,8 @@ def choose_labels(args, num_classes):
         if not all(0 <= label < num_classes for label in listed):
             raise ValueError(f"--labels {' '.join(map(str, listed))}: must be 0 to {num_classes - 1} for this checkpoint")
         num = args.num or 8 * len(listed)
+        if args.out.endswith(".png") and num % len(listed):
+            raise ValueError(f"--num {num}: must be a multiple of the number of labels, {len(listed)}: a row of the picture each")
         labels = torch.tensor(listed)[torch.arange(num) * len(listed) // num]
         return labels, "list", max(1, num // len(listed))
     num = args.num or 8 * num_classes
@@ -340,14 +346,16 @@ def main(argv=None):
                   "; but diffusers embeds t at other frequencies than this file was trained with, so its images differ"))
             return
         record = {"checkpoint": args.checkpoint, "step": config.get("step"), "weights": args.weights,
-                  "model": config["model"], "trained_w": config.get("w"), "class_labels": rule, "labels": args.labels}
+                  "model": config["model"], "trained_w": config.get("w_range") or config.get("w"),
+                  "vae": vae_name, "class_labels": rule, "labels": args.labels}
         speed = write_samples(args.out, model, labels, args.seed, vae=vae, batch=args.batch, dtype=args.dtype,
                               columns=columns, record=record, sampler=args.sampler, steps=args.steps, w=args.w,
                               cfg=args.cfg, interval=args.interval)
     except (ValueError, OSError) as e:
-        parser.error(str(e))
+        parser.exit(2, None if rank else f"{parser.prog}: error: {e}\n")  # the other processes would say the same
     if rank == 0:
-        print(f"{args.out}: {len(labels)} images, labels {rule}, {args.steps} steps, cfg {args.cfg}, seed {args.seed}; {speed}")
+        print(f"{args.out}: {len(labels)} images, labels {rule}, {args.sampler or KINDS[model.kind][0]}, {args.steps} steps, "
+              f"w {record['trained_w'] if args.w is None else args.w}, cfg {args.cfg}, {args.dtype}, seed {args.seed}; {speed}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

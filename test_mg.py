@@ -735,7 +735,10 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     state["config"] = state["config"] | {"input_size": 16}
     torch.save(state, tmp_path / "mixed.pt")
-    for name in ("none", "torn", "text", "empty", "foreign", "list", "evil", "mixed"):
+    for i, odd in enumerate(({"config": {}, "ema": {}}, {"config": "abc", "ema": {}, "step": 1}, {0: torch.ones(1)},
+                             {"pos_embed": torch.ones(3)})):
+        torch.save(odd, tmp_path / f"odd{i}.pt")
+    for name in ("none", "torn", "text", "empty", "foreign", "list", "evil", "mixed", "odd0", "odd1", "odd2", "odd3"):
         assert f"{name}.pt" in error_of(sample.main, tmp_path / f"{name}.pt", "--out", tmp_path / "x.png")
     assert error_of(sample.main, tmp_path)
     assert not (tmp_path / "x.png").exists() and not Path(os.environ["TORCH_HOME"], "evil").exists()
@@ -839,7 +842,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     state["model"]["final_layer.linear.bias"][:] = torch.inf
     torch.save(state, tmp_path / "ckpt.pt")
     bad = (tmp_path / "ckpt.pt").read_bytes()
-    assert "the loss of step 3 is not finite" in error_of(train_sit_mg.main, *TINY, "--steps", 4, "--out", tmp_path)
+    assert "the loss of step 3, or a weight after it, is not finite" in error_of(train_sit_mg.main, *TINY, "--steps", 4, "--out", tmp_path)
     assert (tmp_path / "ckpt.pt").read_bytes() == bad != good
 
 
@@ -858,10 +861,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     (["--data", "nowhere"], "nowhere"),
     (["--init", "nowhere.pt"], "nowhere.pt"),
     (["--eval-samples", 1], "--eval-samples 1"),
+    (["--seed", 2 ** 31], "--seed 2147483648"),
+    (["--w", 1.3, "--w-range", 1, 3], "--w 1.3"),
+    (["--vae", "x"], "--vae x"),
+    (["--w-range", 1, 3, "--w-ramp", 5], "--w-ramp 5"),
 ])
 def test_train_refuses(flags, says, tmp_path):
     error = error_of(train_sit_mg.main, *TINY, *flags, "--out", tmp_path / "out")
     assert says in error and not (tmp_path / "out").exists()
+
+
+def test_more_that_is_refused_before_training(tmp_path):
+    assert "--eval-steps 1500" in error_of(train_dit_mg.main, *TINY, "--eval-steps", 1500, "--out", tmp_path / "no")
+    (tmp_path / "file").write_text("")
+    assert "file" in error_of(train_sit_mg.main, *TINY, "--out", tmp_path / "file")
+    (tmp_path / "foreign").mkdir()
+    for state in ({"config": {}, "model": {}}, {"config": {"freq_divisor": 127}}, [1]):
+        torch.save(state, tmp_path / "foreign" / "ckpt.pt")
+        assert "ckpt.pt" in error_of(train_sit_mg.main, *TINY, "--out", tmp_path / "foreign")
+    image_folder(tmp_path / "images")
+    (tmp_path / "images" / "cat" / "3.png").write_bytes(b"broken")
+    flags = ["--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 16, "--vae", "none", "--eval-samples", 0]
+    for workers in 0, 2:
+        assert "3.png" in error_of(train_sit_mg.main, *TINY[:4], *flags, "--steps", 3, "--workers", workers, "--out", tmp_path / "o")
+
+
+def test_the_average_is_no_graph(tmp_path, monkeypatch):
+    """The EMA is changed in place by numbers; a graph of all its steps would eat the memory of a long run."""
+    averages, real = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda a, b, c: (averages.append(a), real(a, b, c)))
+    train("SiT", tmp_path, "--steps", 2)
+    assert len(averages) == 2 and all(p.grad_fn is None and not p.requires_grad for p in averages[-1])
 
 
 def test_changed_settings_and_foreign_folders_are_refused(tmp_path):
@@ -893,6 +923,21 @@ def test_init(tmp_path):
     assert "was trained with --drop 0" in train("SiT", tmp_path / "out0", "--init", tmp_path / "never.pt", *flags)
     save_random(tmp_path / "nine.pt", random_model(num_classes=9), "SiT-T/2")
     assert "nine.pt has no empty class" in train("SiT", tmp_path / "out9", "--init", tmp_path / "nine.pt", *flags)
+    save_random(tmp_path / "wide.pt", random_model(scale_aware=True), "SiT-T/2", drop=0.1)  # its w = 1 goes into a bias
+    assert "warning" not in train("SiT", tmp_path / "outw", "--init", tmp_path / "wide.pt", *flags)
+    x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3)
+    with torch.no_grad():
+        torch.testing.assert_close(load_checkpoint(tmp_path / "outw" / "ckpt.pt", weights="model")[0](x, t, y),
+                                   load_checkpoint(tmp_path / "wide.pt")[0](x, t, y, 1.0), rtol=1e-4, atol=1e-5)
+    save_random(tmp_path / "labels.pt", random_model(empty_class=False), "SiT-T/2", drop=0.0)
+    assert "has no empty class" in train("SiT", tmp_path / "outl", "--init", tmp_path / "labels.pt", *flags)
+    state = torch.load(tmp_path / "outl" / "ckpt.pt", weights_only=True)["model"]["y_embedder.embedding_table.weight"]
+    assert torch.equal(state[:10], random_model(empty_class=False).y_embedder.embedding_table.weight)
+    train("SiT", tmp_path / "out11", "--init", tmp_path / "ten.pt", "--empty", "labels", *flags)
+    state = torch.load(tmp_path / "out11" / "ckpt.pt", weights_only=True)["model"]["y_embedder.embedding_table.weight"]
+    assert torch.equal(state, source.y_embedder.embedding_table.weight[:10])
+    save_random(tmp_path / "eight.pt", random_model(num_classes=9), "SiT-T/2", drop=0.1)
+    assert "has 9 classes, not 10" in train("SiT", tmp_path / "out8", "--init", tmp_path / "eight.pt", *flags)
     save_random(tmp_path / "big.pt", random_model(input_size=16), "SiT-T/2")
     assert "doesn't fit" in error_of(train_sit_mg.main, *TINY, "--init", tmp_path / "big.pt", "--out", tmp_path / "no")
     save_random(tmp_path / "dit.pt", random_model("DiT-T/2"), "DiT-T/2")
@@ -924,7 +969,7 @@ def test_training_on_a_folder_through_a_vae(tmp_path):
     flags = ["--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 16, "--workers", 0, "--eval-samples", 0]
     printed = train("SiT", tmp_path / "latent", *flags, "--vae", tmp_path / "vae", "--steps", 2, "--lr", 1e-3)
     assert "in_channels=4 input_size=8" in printed.replace("init=None ", "")
-    assert np.load(tmp_path / "latent" / "samples.npz")["arr_0"].shape == (100, 16, 16, 3)
+    assert np.load(tmp_path / "latent" / "samples.npz")["arr_0"].shape == (20, 16, 16, 3)
     _, config = load_checkpoint(tmp_path / "latent" / "ckpt.pt")
     assert config["vae"] == str(tmp_path / "vae") and config["num_classes"] == 2
     sample.main([str(tmp_path / "latent" / "ckpt.pt"), "--labels", "1", "--num", "2", "--steps", "2",
@@ -1569,7 +1614,7 @@ def training_step(kind, name, input_size, in_channels, batch, **options):
     model = random_model(name, input_size, in_channels).train()
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
-    weights, ema_weights = list(model.parameters()), list(ema.parameters())
+    weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())
     x0, y = torch.randn(batch, in_channels, input_size, input_size), torch.randint(10, (batch,))
     teacher = {"plain": None, "ema": ema, "online": model}[options.pop("teacher")]
 
@@ -1650,10 +1695,10 @@ def bench():
             "online": {"teacher": "online"}, "online.75": {"teacher": "online", "t_max": 0.75},
             "labels": {"teacher": "ema", "empty": "labels", "num_labels": 4}}.items()}, rounds)
         print(f"| {name}, batch {batch_size} | {plain * 1000:.0f} | " + " | ".join(f"{r:.2f}" for r in list(got.values())[1:]) + " |")
-    model, labels = random_model(), torch.arange(100) % 10
-    got, mg = ratios({f"cfg {cfg}": lambda cfg=cfg: generate(model, labels, torch.arange(100), steps=25, cfg=cfg)
-                      for cfg in (1.0, 2.0)}, 15)
-    print(f"\nsampling, SiT-T/2, 25 steps: MG {100 / mg:.0f} images/s, {got['cfg 2.0']:.2f} times those with CFG")
+    model, labels = random_model(), torch.arange(500) % 10
+    got, mg = ratios({f"cfg {cfg}": lambda cfg=cfg: generate(model, labels, torch.arange(500), steps=25, cfg=cfg)
+                      for cfg in (1.0, 2.0)}, 9)
+    print(f"\nsampling, SiT-T/2, 25 steps: 500 at once: MG {500 / mg:.0f} images/s, {got['cfg 2.0']:.2f} times those with CFG")
 
     with tempfile.TemporaryDirectory() as folder:
         bench_fid(folder)

@@ -142,7 +142,7 @@ def parse_args(argv):
     p.add_argument("--image-size", type=int, help="pixels [preset]")
     p.add_argument("--vae", help="hub name or folder of the encoder; none: train on pixels [preset]")
     p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, what this script trains [preset]")
-    p.add_argument("--w", type=float, default=1.5, help="guidance scale, 1 is off; acts as CFG at 1/(2-w) (Eq. 18, 20) [%(default)s]")
+    p.add_argument("--w", type=float, help="guidance scale, 1 is off; acts as CFG at 1/(2-w) (Eq. 18, 20) [1.5]")
     p.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="scale-aware: draw w from here (Eq. 21, 22)")
     p.add_argument("--drop", type=float, help="share of samples that get the empty class (Table 4) [0.1]")
     p.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1 [%(default)s]")
@@ -161,7 +161,7 @@ def parse_args(argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--seed", type=int, default=0, help="of everything that is drawn [%(default)s]")
     p.add_argument("--eval-every", type=int, help="steps between evaluations; 0: at the end only [preset]")
-    p.add_argument("--eval-samples", type=int, help="images drawn for an evaluation; 0: 100, not scored [preset]")
+    p.add_argument("--eval-samples", type=int, help="images drawn for an evaluation; 0: just those in samples.png, not scored [preset]")
     p.add_argument("--eval-steps", type=int, help="sampling steps of an evaluation [preset]")
     p.add_argument("--eval-batch", type=int, help="images drawn at once, per process [preset]")
     p.add_argument("--save-every", type=int, help="steps between checkpoints; 0: at the end only [preset]")
@@ -172,6 +172,10 @@ def parse_args(argv):
     for key, value in PRESETS.get(args.data, PRESETS["folder"]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.w_range and args.w is not None:
+        p.error(f"--w {args.w}: left out with --w-range, which draws w")
+    if not args.w_range and args.w is None:
+        args.w = 1.5
     if args.drop is None:
         args.drop = 0.1 if args.empty == "class" else 0.0
     if args.w_ramp is None:
@@ -180,7 +184,7 @@ def parse_args(argv):
         scale = "-".join(map(str, args.w_range)) if args.w_range else args.w
         args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).name}-w{scale}"
     for flag, ok, rule in [
-            ("--w", math.isfinite(args.w), "a number"),
+            ("--w", args.w_range or math.isfinite(args.w), "a number"),
             ("--w-range", args.w_range is None or 1 <= args.w_range[0] < args.w_range[1] < math.inf, "1 <= LO < HI"),
             ("--drop", 0 <= args.drop < 1, "0 up to, not with, 1"),
             ("--drop", args.empty == "class" or not args.drop, "left out with --empty labels, which has no empty class"),
@@ -188,7 +192,8 @@ def parse_args(argv):
             ("--w-ramp", not (args.w_ramp and args.w_range), "left out with --w-range, which draws w"),
             ("--ema", 0 <= args.ema < 1, "0 up to, not with, 1"),
             ("--lr", 0 < args.lr < math.inf, "above 0"),
-            ("--seed", args.seed >= 0, "0 or more"),
+            ("--seed", 0 <= args.seed < 2 ** 31, "0 to 2^31 - 1"),
+            ("--eval-steps", KIND == "SiT" or args.eval_steps <= T, f"at most {T}"),
             *((f"--{name.replace('_', '-')}", getattr(args, name) >= 1, "at least 1")
               for name in ("image_size", "steps", "batch", "accum", "num_labels", "eval_steps", "eval_batch", "log_every")),
             *((f"--{name.replace('_', '-')}", getattr(args, name) >= 0, "0 or more")
@@ -240,14 +245,19 @@ def initialize(args, kwargs):
     old, new = state.get(table), here[table]
     if source.kind != KIND or old is None:
         raise ValueError(f"--init {args.init}: this is a {source.kind} {config['model']}, and this script trains {KIND}")
-    if len(old) == kwargs["num_classes"] and source.empty_class and kwargs["empty_class"]:
-        state[table] = torch.cat([old, new[-1:]])  # a file without the empty class: it has one row a class and no more
+    n, ours = kwargs["num_classes"], "drop" in config
+    if source.num_classes == n and kwargs["empty_class"] <= source.empty_class:
+        state[table] = old[:len(new)]
+        if config.get("drop") == 0 and kwargs["empty_class"]:
+            warnings.append(f"{args.init} was trained with --drop 0")
+    elif len(old) == n and (not ours or source.num_classes == n):  # one row a class and no more
+        state[table] = torch.cat([old, new[n:]])
         warnings.append(f"{args.init} has no empty class")
-    elif source.num_classes != kwargs["num_classes"] or len(old) != len(new):
+    else:
         del state[table]
-        warnings.append(f"{args.init} has {source.num_classes} classes, not {kwargs['num_classes']}: the label table starts anew")
-    elif config.get("drop") == 0 and kwargs["empty_class"]:
-        warnings.append(f"{args.init} was trained with --drop 0")
+        warnings.append(f"{args.init} has {source.num_classes} classes, not {n}: the label table starts anew")
+    if source.scale_aware and not kwargs["scale_aware"]:
+        state["t_embedder.mlp.2.bias"] += source.w_embedder(torch.ones(1))[0].detach()  # what w = 1 adds, for good
     for key in set(here) - set(state) | {key for key in state if key not in here or state[key].shape != here[key].shape}:
         if key != table and not key.startswith("w_embedder."):
             raise ValueError(f"--init {args.init}: {config['model']} for {source.in_channels}x{source.input_size}x{source.input_size} "
@@ -270,6 +280,10 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     out, micro = Path(args.out), args.batch // (world * args.accum)
 
+    def stop(error):
+        """Ends the run with one line, of the first process only: the others would say the same."""
+        parser.exit(2, None if rank else f"{parser.prog}: error: {error}\n")
+
     # ---------------- everything that depends on the user's input, before anything is written
     try:
         if args.batch % (world * args.accum):
@@ -278,7 +292,8 @@ def main(argv=None):
         if args.data == "digits" and args.image_size != 8:
             raise ValueError(f"--image-size {args.image_size}: the digits have 8")
         images = fid.real_images(args.data, args.image_size)
-        reference = fid.load_reference(args.data, features, size=args.image_size) if args.eval_samples else None
+        if args.data == "digits" and args.vae != "none":
+            raise ValueError(f"--vae {args.vae}: the digits have one channel; leave --vae out")
         vae = None if args.vae == "none" else models.load_vae(args.vae, device)
         sample, _ = images[0]                                                                      # (C, H, W) uint8
         if vae:
@@ -311,22 +326,36 @@ def main(argv=None):
                                      f"give the same flags to resume it, or another --out")
             if checkpoint["step"] > args.steps:
                 raise ValueError(f"--steps {args.steps}: the run in --out {out} is at step {checkpoint['step']} already")
+        model = model.to(device)
+        ema = copy.deepcopy(model).eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
+        first = 0
+        if checkpoint:
+            first = checkpoint["step"]
+            model.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        if rank == 0:
+            print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted((vars(args) | kwargs).items())), 128,
+                                break_on_hyphens=False, break_long_words=False))
+            print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(images)} images of "
+                  f"{len(images.classes)} classes, {world} x {device.type}" + (f", resuming from step {first}" if first else ""))
+            print(describe_w(args, len(images.classes)), *([warning] if warning else []), sep="\n", flush=True)
+        reference = None
+        if args.eval_samples:
+            reference = fid.load_reference(args.data, features, size=args.image_size, progress=len(images) > 10_000)
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
-        parser.error(str(e))
-
-    model = model.to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
-    first = 0
-    if checkpoint:
-        first = checkpoint["step"]
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        stop(e)
+    except (KeyError, TypeError, RuntimeError) as e:
+        if not checkpoint:
+            raise
+        stop(f"--out {out}: its ckpt.pt is not a whole checkpoint of this project ({type(e).__name__}); give another --out")
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net, forward_sync_buffers=False) if world > 1 else net
     teacher = ema if args.teacher == "ema" else net
-    weights, ema_weights = list(model.parameters()), list(ema.parameters())
+    weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())  # detached: no graph of averages
     order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
     if args.data == "digits":
         tensors = TensorDataset(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
@@ -336,14 +365,6 @@ def main(argv=None):
     # ---------------- logging and evaluation
     rows, row, started = [], {"step": first}, time.perf_counter()
     if rank == 0:
-        print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted((vars(args) | kwargs).items())), 128,
-                            break_on_hyphens=False, break_long_words=False))
-        print(f"{sum(w.numel() for w in weights) / 1e6:.2f} M parameters, {len(images)} images of {len(images.classes)} "
-              f"classes, {world} x {device.type}" + (f", resuming from step {first}" if first else ""))
-        print(describe_w(args, len(images.classes)))
-        if warning:
-            print(warning)
-        out.mkdir(parents=True, exist_ok=True)
         if first and (out / "log.csv").exists():
             with open(out / "log.csv", newline="") as f:
                 rows = [row for row in csv.DictReader(f) if int(row["step"]) <= first]
@@ -360,20 +381,24 @@ def main(argv=None):
     def evaluate(step, row):
         """Draws with the EMA, one pass a step, in all processes; scores; writes samples and pictures."""
         path, classes = out / "samples.npz", len(images.classes)
-        write_samples(path, ema, torch.arange(args.eval_samples or 100) % classes, args.seed, batch=args.eval_batch, vae=vae,
+        rows_of = torch.linspace(0, classes - 1, min(classes, 10)).long()  # the classes that samples.png shows, a row each
+        labels = torch.arange(args.eval_samples) % classes if args.eval_samples else rows_of.repeat(10)
+        write_samples(path, ema, labels, args.seed, batch=args.eval_batch, vae=vae,
                       record={"checkpoint": str(out / "ckpt.pt"), "step": step, "weights": "ema", "model": args.model,
-                              "trained_w": config["w"], "class_labels": "balanced", "labels": None},
+                              "trained_w": args.w_range or args.w, "vae": args.vae, "class_labels": "balanced", "labels": None},
                       steps=args.eval_steps, w=sum(args.w_range) / 2 if args.w_range else None, go_on=False)
         metrics = fid.evaluate(path, reference, features) if reference else {}
         if rank == 0:
             log(row | metrics)
             if metrics:
+                scale = args.w if not args.w_range else f"{sum(args.w_range) / 2} of {args.w_range}"
                 tqdm.write(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | {' | '.join(metrics)} |\n"
-                           f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {config['w']} | "
+                           f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {scale} | "
                            + " | ".join(f"{value:.3f}" for value in metrics.values()) + " |")
-            shown = torch.linspace(0, classes - 1, min(classes, 10)).long()[:, None] + classes * torch.arange(10)
             drawn = np.load(path)["arr_0"]
-            save_grid(drawn[shown[shown < len(drawn)]], out / "samples.png", columns=10)
+            columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
+            picture = torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])
+            save_grid(drawn[picture], out / "samples.png", columns)
             save_curves(rows, out / "curves.png")
 
     def uniform(*shape):
@@ -388,16 +413,21 @@ def main(argv=None):
                  "noise": torch.randn(args.batch, *shape, generator=generator, device=device)}
         if args.empty == "labels":
             draws["order"] = uniform(len(images.classes) - 1)
-        risen = min(1, (step + 1 - args.start) / args.w_ramp) if args.w_ramp else 1
-        w = torch.full((args.batch,), 1 + (args.w - 1) * risen, device=device)
         if args.w_range:  # of the batch, 20 % draw a scale, the dropped ones are (empty, 0), the rest are at 1
             lo, hi = args.w_range
             w = torch.where(uniform() < DRAWN / (1 - args.drop), lo + (hi - lo) * uniform(), 1.0)
+        else:
+            risen = min(1, (step + 1 - args.start) / args.w_ramp) if args.w_ramp else 1
+            w = torch.full((args.batch,), 1 + (args.w - 1) * risen, device=device)
         flip = uniform(1, 1, 1) < (0.5 if args.data != "digits" else 0)
         posterior = torch.randn(args.batch, *shape, generator=generator, device=device) if vae else None
         for a in range(args.accum):
             part = slice((a * world + rank) * micro, (a * world + rank + 1) * micro)
-            x, y = next(data)
+            try:
+                x, y = next(data)
+            except (ValueError, OSError) as e:  # an image that can't be read; a worker's error has its traceback in it
+                bar.close()
+                parser.exit(2, f"{parser.prog}: error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}\n")
             x, y = x.to(device, non_blocking=True).float() / 127.5 - 1, y.to(device, non_blocking=True)
             x0 = torch.where(flip[part], x.flip(-1), x)
             if vae:
@@ -423,11 +453,13 @@ def main(argv=None):
         if ddp:
             dist.all_reduce(window)
             window /= world
-        if not window.isfinite().all():
+        finite = torch.cat([window.isfinite(), torch.stack([p.isfinite().all() for p in weights]).all()[None] if saving
+                            else window.isfinite()[:0]])
+        if not finite.all():
             bar.close()
-            bad = done + 1 + int((~window.isfinite()).nonzero()[0])
-            parser.exit(2, f"{parser.prog}: error: the loss of step {bad} is not finite; the last good checkpoint stays in --out "
-                           f"{out}. Lower --lr or --w, or use --dtype fp32\n" if rank == 0 else None)
+            bad = min(done + 1 + int((~finite).nonzero()[0]), step)
+            stop(f"the loss of step {bad}, or a weight after it, is not finite; the last good checkpoint stays in --out {out}. "
+                 f"Lower --lr or --w, or use --dtype fp32")
         row = {"step": step, "loss": float(window.mean()),
                "images_per_s": round((step - done) * args.batch / (time.perf_counter() - begin), 1)}
         bar.set_postfix(loss=f"{row['loss']:.4f}")
