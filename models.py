@@ -3,6 +3,7 @@
 `python models.py` prints parameters and GFLOPs of every configuration.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -222,14 +223,21 @@ def decode(vae, latents):
 # ---------------------------------------------------------------- checkpoints
 # Ours: {"config": plain values, "step": int, "model": state dict, "ema": state dict, "optimizer": state dict}.
 
-def save_checkpoint(path, state):
-    """Writes a dict as a file that is either whole or not there: temporary name, fsync, rename."""
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file to write, which is either whole or not there: temporary name, fsync, rename."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as f:
-        torch.save(state, f)
+        yield f
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def save_checkpoint(path, state):
+    """Writes a dict that read_checkpoint() reads."""
+    with atomic(path) as f:
+        torch.save(state, f)
 
 
 def read_checkpoint(path):
@@ -275,6 +283,14 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
     return model.float().to(device).eval().requires_grad_(True), config
 
 
+def size_name(depth, width, path):
+    """Which of SIZES that is. ValueError if none."""
+    for name, (d, w, _) in SIZES.items():
+        if (d, w) == (depth, width):
+            return name
+    raise ValueError(f"{path}: {depth} blocks of width {width} are no known size")
+
+
 def from_public(checkpoint, weights, path):
     """The state dict and configuration of a public file; sizes are read from the tensors, DiT or SiT from the file's name.
 
@@ -294,10 +310,9 @@ def from_public(checkpoint, weights, path):
         halves = len(state["final_layer.linear.weight"]) / (patch ** 2 * channels)
     except (KeyError, ValueError):
         raise ValueError(f"{path}: not a checkpoint of DiT, SiT, REPA or MG") from None
-    depth = sum(key.endswith(".attn.qkv.weight") for key in state)
-    size = next((size for size, (d, w, _) in SIZES.items() if (d, w) == (depth, width)), None)
-    if size is None or halves not in (1, 2):
-        raise ValueError(f"{path}: {depth} blocks of width {width} with {halves:g} x {channels} output channels are no known size")
+    size = size_name(sum(key.endswith(".attn.qkv.weight") for key in state), width, path)
+    if halves not in (1, 2):
+        raise ValueError(f"{path}: {halves:g} times as many output channels as input channels is neither DiT's nor SiT's")
     hint = f"{getattr(checkpoint.get('args'), 'model', '') if nested else ''} {Path(path).name}".lower()
     kinds = [kind for kind in ("DiT", "SiT") if kind.lower() in hint] if halves == 2 else ["SiT"]
     if len(kinds) != 1:
@@ -379,7 +394,7 @@ def from_diffusers(folder):
         for part in "weight", "bias":
             parts = [state[f"{ours}.{part}"]] if third else []
             state[f"{ours}.{part}"] = torch.cat([*parts, there[f"{names[0]}.{part}"]])
-    name = next((s for s, (d, w, _) in SIZES.items() if (d, w) == (size.num_layers, transformer.inner_dim)), None)
+    name = size_name(size.num_layers, transformer.inner_dim, folder)
     config = {"model": f"DiT-{name}/{size.patch_size}", "kind": "DiT", "input_size": size.sample_size,
               "in_channels": size.in_channels, "num_classes": size.num_embeds_ada_norm, "empty_class": True,
               "scale_aware": False, "freq_divisor": 128, "w": None, "step": None}  # others' are conversions of DiT's files

@@ -6,7 +6,6 @@ network predicts v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps.
 two passes a step) and for w (trained, one pass). Label num_classes is the empty class. Images are NCHW in [-1, 1].
 """
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import ALPHA_BARS, decode, load_checkpoint, load_vae, save_diffusers
+from models import ALPHA_BARS, atomic, decode, load_checkpoint, load_vae, save_diffusers
 
 
 def predict(model, x, t, y, w, cfg, interval, noise_time):
@@ -180,15 +179,6 @@ def save_grid(images, path, columns):
     grid = grid.reshape(n // columns * height, columns * width, channels)
     with atomic(path) as f:
         Image.fromarray(grid[..., 0] if channels == 1 else grid).save(f, format="png")
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """A binary file to write, which gets its name when it is whole."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
-        yield f
-    os.replace(temporary, path)
 
 
 def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="fp32", columns=10, go_on=True,

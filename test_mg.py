@@ -876,7 +876,8 @@ def test_more_that_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in error_of(train_sit_mg.main, *TINY, "--out", tmp_path / "file")
     (tmp_path / "foreign").mkdir()
-    for state in ({"config": {}, "model": {}}, {"config": {"freq_divisor": 127}}, [1]):
+    for state in ({"config": {}, "step": 1, "model": {}, "ema": {}, "optimizer": {}},
+                  {"config": 3, "step": 1, "model": {}, "ema": {}, "optimizer": {}}, {"config": {}, "model": {}}, {"config": {"freq_divisor": 127}}, [1]):
         torch.save(state, tmp_path / "foreign" / "ckpt.pt")
         assert "ckpt.pt" in error_of(train_sit_mg.main, *TINY, "--out", tmp_path / "foreign")
     image_folder(tmp_path / "images")

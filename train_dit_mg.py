@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import fid
 import models
-from sample import atomic, save_grid, write_samples
+from sample import save_grid, write_samples
 
 # ================================================================ this script's own: the path
 
@@ -307,9 +307,10 @@ def main(argv=None):
         checkpoint, warning = None, None
         if (out / "ckpt.pt").exists():
             checkpoint = models.read_checkpoint(out / "ckpt.pt")
-            if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+            whole = isinstance(checkpoint, dict) and {"config", "step", "model", "ema", "optimizer"} <= set(checkpoint)
+            if not whole or not isinstance(checkpoint["config"], dict):
                 raise ValueError(f"--out {out}: its ckpt.pt is not of this project; give another --out")
-            kwargs["freq_divisor"] = checkpoint["config"]["freq_divisor"]
+            kwargs["freq_divisor"] = checkpoint["config"].get("freq_divisor", 127)
         torch.manual_seed(args.seed)
         if args.init and not checkpoint:
             model, warning = initialize(args, kwargs)
@@ -332,9 +333,12 @@ def main(argv=None):
         first = 0
         if checkpoint:
             first = checkpoint["step"]
-            model.load_state_dict(checkpoint["model"])
-            ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            try:
+                model.load_state_dict(checkpoint["model"])
+                ema.load_state_dict(checkpoint["ema"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as e:
+                raise ValueError(f"--out {out}: its ckpt.pt is not whole ({type(e).__name__}); give another --out") from None
         if rank == 0:
             print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted((vars(args) | kwargs).items())), 128,
                                 break_on_hyphens=False, break_long_words=False))
@@ -348,10 +352,6 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         stop(e)
-    except (KeyError, TypeError, RuntimeError) as e:
-        if not checkpoint:
-            raise
-        stop(f"--out {out}: its ckpt.pt is not a whole checkpoint of this project ({type(e).__name__}); give another --out")
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net, forward_sync_buffers=False) if world > 1 else net
     teacher = ema if args.teacher == "ema" else net
@@ -370,7 +370,7 @@ def main(argv=None):
                 rows = [row for row in csv.DictReader(f) if int(row["step"]) <= first]
             if rows and first == args.steps == int(rows[-1]["step"]):
                 row = rows.pop()  # trained to the end before: it is scored again
-        with atomic(out / "log.csv") as f:
+        with models.atomic(out / "log.csv") as f:
             f.write(table(rows).encode())
 
     def log(row):
@@ -516,7 +516,7 @@ def save_curves(rows, path):
         axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 20 else None)
         axis.set(xlabel="step", ylabel=name, yscale="log")
         axis.grid(alpha=0.3)
-    with atomic(path) as f:
+    with models.atomic(path) as f:
         figure.savefig(f, format="png", dpi=120)
     plt.close(figure)
 
