@@ -6,6 +6,7 @@ network predicts v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps.
 two passes a step) and for w (trained, one pass). Label num_classes is the empty class. Images are NCHW in [-1, 1].
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import ALPHA_BARS, atomic, decode, load_checkpoint, load_vae, save_diffusers
+from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers
 
 
 def predict(model, x, t, y, w, cfg, interval, noise_time):
@@ -134,7 +135,7 @@ def choose_sampler(name, model):
     fitting = KINDS.get(kind, tuple(SAMPLERS))
     if name not in (None, *fitting):
         raise ValueError(f"--sampler {name}: a {kind} takes {', '.join(fitting)}")
-    return name or fitting[0]
+    return name or fitting[getattr(model, "input_size", 0) == 1]  # points: without noise, to see the paths
 
 
 # ---------------------------------------------------------------- images
@@ -216,10 +217,11 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
     for start in tqdm(todo, desc="samples", unit="batch", disable=rank > 0, leave=False):
         index = torch.arange(start, min(start + batch, len(labels)))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            images = generate(model, labels[index], seed * 2 ** 32 + index, sampler=sampler, steps=steps, w=w, cfg=cfg,
-                              interval=interval, vae=vae, progress=rank == 0)
+            images = (draw if model.input_size == 1 else functools.partial(generate, vae=vae))(
+                model, labels[index], seed * 2 ** 32 + index, sampler=sampler, steps=steps, w=w, cfg=cfg, interval=interval,
+                progress=rank == 0)
         with atomic(parts / f"{start}.npy") as f:
-            np.save(f, images.numpy())
+            np.save(f, images.cpu().numpy() if model.input_size > 1 else images.flatten(1).cpu().numpy())  # points: (N, 2) float32
     if world > 1:
         dist.barrier()
     seconds = time.perf_counter() - begin
@@ -247,11 +249,146 @@ def save_npz(path, labels, parts):
     with atomic(path) as f, zipfile.ZipFile(f, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, {
-                "descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape[1:])})
+                "descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (len(labels), *first.shape[1:])})
             for part in parts:
                 member.write(np.load(part).tobytes())
         with archive.open("labels.npy", "w") as member:
             np.lib.format.write_array(member, labels)
+
+
+# ---------------------------------------------------------------- pictures of 2-D checkpoints
+
+COLOURS = ["tab:orange", "dimgray", "tab:blue"]  # of the grid's classes 0 and 1, and of the empty class
+
+
+def new_figure(rows, columns, size):
+    """matplotlib's (figure, axes (rows, columns)), each size inches, without a window."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(rows, columns, figsize=(size * columns, size * rows), layout="constrained", squeeze=False)
+
+
+def save_figure(figure, path, dpi=100):
+    import matplotlib.pyplot as plt
+    with atomic(path) as f:
+        figure.savefig(f, format="png", dpi=dpi)
+    plt.close(figure)
+
+
+def plot_points(axis, x, y, size=1.0):
+    """Points x (N, 2) of labels y (N,) on the grid."""
+    board = (np.arange(4)[:, None] + np.arange(4)) % 2
+    axis.imshow(board, extent=(-2, 2, -2, 2), cmap="gray", alpha=0.12)
+    axis.scatter(*np.asarray(x).T, c=np.array(COLOURS)[np.asarray(y)], s=size, linewidths=0)
+    axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
+
+
+def save_points(x, y, path):
+    figure, axes = new_figure(1, 1, 5)
+    plot_points(axes[0, 0], x, y)
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def measured_scale(model, plain, n=20_000):
+    """The CFG scale at which `model` sits: least squares of its out(c) - out(empty) on the plain network's.
+
+    Over n points of the grid, noised to times drawn evenly.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x0, y = grid_data(n, seed=1).tensors
+    u, noise = torch.rand(n, 1, 1, 1, generator=generator), torch.randn(x0.shape, generator=generator)
+    if model.kind == "SiT":
+        t, a, s = u.flatten(), 1 - u, u                                                            # Eq. 4
+    else:
+        t = (u.flatten() * len(ALPHA_BARS)).long()
+        a, s = (bar.float().sqrt().view(-1, 1, 1, 1) for bar in (ALPHA_BARS[t], 1 - ALPHA_BARS[t]))  # Eq. 1
+    x_t, empty = a * x0 + s * noise, torch.full_like(y, 2)
+    ours, theirs = (net(x_t, t, y) - net(x_t, t, empty) for net in (model, plain))
+    return (float((ours * theirs).sum() / theirs.square().sum()))
+
+
+def draw_panels(model, plain, path, *, w, cfg, num, seed, **options):
+    """Fig. 2: samples, paths and density of the plain network, with and without labels and with CFG, and of `model`.
+
+    -> rows of the printed table, a network each.
+    """
+    figure, axes = new_figure(3, 4, 3)
+    both, none, rows = torch.arange(num) % 2, torch.full((num,), 2), []
+    for column, (name, net, labels, scale) in enumerate([
+            ("conditional", plain, both, 1.0), ("unconditional", plain, none, 1.0), (f"CFG {cfg:.3g}", plain, both, cfg),
+            (f"MG {w:.3g}, one pass" if w else "MG, one pass", model, both, 1.0)]):
+        seen = []
+        with net.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][:60].flatten(1).clone())):
+            x = draw(net, labels, seed * 2 ** 32 + torch.arange(num), cfg=scale, progress=True, **options).flatten(1)
+        scores = grid_scores(x, labels)
+        rows.append({"": name} | scores)
+        plot_points(axes[0, column], x[:8000], labels[:8000])
+        axes[0, column].set_title(f"{name}\noutliers {scores['outliers']:.3f}, coverage {scores['coverage']:.3f}", fontsize=9)
+        paths = torch.stack([*seen, x[:60]])                                                       # (steps + 1, 60, 2)
+        for i in range(60):
+            axes[1, column].plot(*paths[:, i].T, color=COLOURS[labels[i]], linewidth=0.5)
+        plot_points(axes[1, column], x[:60], labels[:60], size=6)
+        density, *_ = np.histogram2d(*x.T.numpy(), bins=104, range=[(-2.6, 2.6)] * 2, density=True)
+        exact = 1 / 16  # of both classes together; darker than that is where samples pile up
+        axes[2, column].imshow(density.T, origin="lower", extent=(-2.6, 2.6) * 2, cmap="magma", vmin=0, vmax=3 * exact)
+        axes[2, column].set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ("samples", "paths", "density"), strict=True):
+        axis.set_ylabel(name)
+    save_figure(figure, path)
+    return rows
+
+
+def draw_curves(networks, plains, path, *, num, seed, **options):
+    """Outliers and coverage of MG and of CFG on plain networks over the scale, and the scale that each w of MG measures.
+
+    networks, plains: [(model, config)], of several seeds and, MG's, w. MG is compared with the plain network of its seed.
+    -> rows of the printed table, means over the seeds.
+    """
+    figure, (axes,) = new_figure(1, 3, 3.6)
+    y, found = torch.arange(num) % 2, {}
+
+    def score(name, scale, net, cfg):
+        x = draw(net, y, seed * 2 ** 32 + torch.arange(num), cfg=cfg, progress=True, **options).flatten(1)
+        return found.setdefault((name, scale), []).append(grid_scores(x, y))
+    for net, _ in plains:
+        for cfg in (1, 1.11, 1.33, 1.67, 2, 2.5, 3, 4):
+            score("CFG", cfg, net, cfg)
+    for net, config in sorted(networks, key=lambda pair: pair[1]["w"]):
+        score("MG", config["w"], net, 1.0)
+        plain = next((net for net, other in plains if other.get("seed") == config.get("seed")), plains[0][0])
+        found["MG", config["w"]][-1]["measured scale"] = measured_scale(net, plain)
+    rows = [{"": f"{name} {scale:g}", "1/(2-w)": 1 / (2 - scale) if name == "MG" and scale < 2 else math.nan}
+            | {key: float(np.mean([score[key] for score in scores])) for key in scores[0]} | {"runs": len(scores)}
+            for (name, scale), scores in found.items()]
+    for name, colour in (("CFG", "tab:blue"), ("MG", "tab:red")):
+        mine = [row for row in rows if row[""].startswith(name)]
+        scales = [float(row[""].split()[1]) for row in mine]
+        acts = scales if name == "CFG" else [row["1/(2-w)"] for row in mine]
+        for key, style in (("outliers", "-o"), ("coverage", "--s")):
+            axes[0].plot(acts, [row[key] for row in mine], style, color=colour, markersize=3, label=f"{name}, {key}")
+        axes[1].plot([row["outliers"] for row in mine], [row["coverage"] for row in mine], "-o", color=colour, markersize=3, label=name)
+    law = [row for row in rows if row[""].startswith("MG") and row["1/(2-w)"] > 0]
+    axes[2].plot([row["1/(2-w)"] for row in law], [row["measured scale"] for row in law], "o-", color="tab:red", markersize=3)
+    limits = (1, 1.05 * max([row["1/(2-w)"] for row in law] + [row["measured scale"] for row in law]))
+    axes[2].plot(limits, limits, color="gray", linewidth=0.8)
+    axes[0].set(xlabel="scale: CFG's, and 1/(2-w) of MG", ylabel="share")
+    axes[0].legend(fontsize=7)
+    axes[1].set(xlabel="outliers", ylabel="coverage")
+    axes[1].legend(fontsize=7)
+    axes[2].set(xlabel="1/(2-w)", ylabel="CFG scale measured in MG's output", xlim=limits, ylim=limits, aspect="equal")
+    save_figure(figure, path)
+    return rows
+
+
+def print_table(rows):
+    """Dicts with the same keys, or some of the last ones, as Markdown."""
+    keys = list(max(rows, key=len))
+    print(f"| {' | '.join(keys)} |\n|{'---|' * len(keys)}")
+    for row in rows:
+        print("| " + " | ".join("" if key not in row or row[key] != row[key] else f"{row[key]:.3f}" if isinstance(row[key], float)
+                                else str(row[key]) for key in keys) + " |")
 
 
 # ---------------------------------------------------------------- command line
@@ -259,7 +396,7 @@ def save_npz(path, labels, parts):
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage=argparse.SUPPRESS, allow_abbrev=False)
-    p.add_argument("checkpoint", help="ckpt.pt of a training run")
+    p.add_argument("checkpoint", nargs="+", help="ckpt.pt of a training run; several only with --figure")
     p.add_argument("--out", default="samples.png", help="a .png (grid) or an .npz (arr_0 uint8 NHWC, labels) [%(default)s]")
     p.add_argument("--labels", type=int, nargs="+", help="classes to draw, in equal shares, a row each in a .png")
     p.add_argument("--class-labels", choices=["balanced", "random"],
@@ -269,7 +406,7 @@ def parse_args(argv):
     p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} [the paper's: euler-maruyama, ddpm]")
     p.add_argument("--steps", type=int, default=250, help="network calls (heun: 2N-1) [%(default)s]")
     p.add_argument("--w", type=float, help="guidance scale of a scale-aware model, one pass a step; 1 is off [1]")
-    p.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance scale, two passes; 1 is off [%(default)s]")
+    p.add_argument("--cfg", type=float, help="classifier-free guidance scale, two passes; 1 is off [1]")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
                    help="noise times, 0 to 1, in which --cfg acts [0 1]")
     p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed * 2^32 + i [%(default)s]")
@@ -277,12 +414,18 @@ def parse_args(argv):
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network (autocast) [%(default)s]")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="[%(default)s]")
     p.add_argument("--to-diffusers", metavar="DIR", help="draw nothing; write a folder for diffusers' DiTPipeline (DiT only)")
+    p.add_argument("--figure", metavar="PNG", help="2-D checkpoints: one, Fig. 2 (--cfg [1/(2-w)] on the plain one); several, of any w "
+                   "and --seed: outliers and coverage over the scale, and the scale measured. Prints the numbers")
+    p.add_argument("--compare", nargs="+", metavar="PLAIN", help="with --figure: checkpoints trained with --w 1, several: one a seed")
     p.add_argument("--vae", help="hub name or folder of the decoder [the checkpoint's; none: pixels]")
     args = p.parse_args(argv)
     for flag, value, ok, rule in [
             ("--num", args.num, args.num is None or args.num > 0, "at least 1"),
             ("--steps", args.steps, args.steps > 0, "at least 1"),
-            ("--cfg", args.cfg, math.isfinite(args.cfg), "a number"),
+            ("--cfg", args.cfg, args.cfg is None or math.isfinite(args.cfg), "a number"),
+            ("--figure", args.figure, not args.figure or (args.figure.endswith(".png") and args.compare), "a .png, with --compare"),
+            ("--compare", args.compare, args.figure or not args.compare, "left out without --figure"),
+            ("CKPT", " ".join(args.checkpoint), args.figure or len(args.checkpoint) == 1, "one, unless --figure is given"),
             ("--w", args.w, args.w is None or math.isfinite(args.w), "a number"),
             ("--batch", args.batch, args.batch > 0, "at least 1"),
             ("--seed", args.seed, 0 <= args.seed < 2 ** 31, "0 to 2^31 - 1"),
@@ -291,7 +434,33 @@ def parse_args(argv):
             ("--class-labels", args.class_labels, not (args.class_labels and args.labels), "left out where --labels is given")]:
         if not ok:
             p.error(f"{flag} {value}: must be {rule}")
+    if not args.figure:
+        args.checkpoint, args.cfg = args.checkpoint[0], 1.0 if args.cfg is None else args.cfg
     return args, p
+
+
+def main_figure(args):
+    """--figure: prints the table, writes the picture. ValueError for checkpoints that aren't of the 2-D grid."""
+    networks, plains = ([(path, *load_checkpoint(path, weights=args.weights)) for path in paths]
+                        for paths in (args.checkpoint, args.compare))
+    for path, net, config in networks + plains:
+        if net.input_size != 1 or net.in_channels != 2 or net.num_classes != 2 or not net.empty_class or net.scale_aware:
+            raise ValueError(f"--figure: {path} isn't of a network for the 2-D grid with an empty class and one scale (--data grid)")
+        if net.kind != networks[0][1].kind:
+            raise ValueError(f"--figure: {path} is a {net.kind}, and {networks[0][0]} a {networks[0][1].kind}: compare like with like")
+    for path, _, config in plains:
+        if config["w"] != 1:
+            raise ValueError(f"--compare {path}: trained with --w {config['w']}; the plain network is trained with --w 1")
+    options = {"num": args.num or 20_000, "seed": args.seed, "sampler": args.sampler, "steps": args.steps}
+    if len(networks) > 1:
+        rows = draw_curves([pair[1:] for pair in networks], [pair[1:] for pair in plains], args.figure, **options)
+    else:
+        (_, net, config), w = networks[0], networks[0][2]["w"]
+        cfg = args.cfg or (1 / (2 - w) if w < 2 else 4.0)
+        rows = draw_panels(net, plains[0][1], args.figure, w=w, cfg=cfg, **options)
+        print(f"CFG scale measured in MG's output: {measured_scale(net, plains[0][1]):.3f}; 1/(2-w) = {1 / (2 - w):.3f}" if w < 2 else "")
+    print_table(rows)
+    print(f"{args.figure}: {options['num']} points each, {args.steps} steps, seed {args.seed}")
 
 
 def choose_labels(args, num_classes):
@@ -320,6 +489,9 @@ def main(argv=None):
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        if args.figure:
+            main_figure(args)
+            return
         model, config = load_checkpoint(args.checkpoint, weights=args.weights, device=device)
         labels, rule, columns = choose_labels(args, model.num_classes)
         vae_name = args.vae or config["vae"]
@@ -330,6 +502,8 @@ def main(argv=None):
             raise ValueError(f"--cfg {args.cfg}: this checkpoint has no empty class; leave --cfg at 1")
         if model.kind == "DiT" and args.steps > len(ALPHA_BARS):
             raise ValueError(f"--steps {args.steps}: a DiT has 1 to {len(ALPHA_BARS)}")
+        if model.input_size == 1 and args.out.endswith(".png"):
+            raise ValueError(f"--out {args.out}: a 2-D checkpoint draws points, into an .npz; --figure draws pictures")
         if args.to_diffusers:
             save_diffusers(model, config, vae, args.to_diffusers)
             print(f"{args.to_diffusers}: DiTPipeline.from_pretrained loads it" + ("" if model.freq_divisor == 127 else
@@ -344,8 +518,10 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         parser.exit(2, None if rank else f"{parser.prog}: error: {e}\n")  # the other processes would say the same
     if rank == 0:
-        print(f"{args.out}: {len(labels)} images, labels {rule}, {args.sampler or KINDS[model.kind][0]}, {args.steps} steps, "
+        print(f"{args.out}: {len(labels)} images, labels {rule}, {choose_sampler(args.sampler, model)}, {args.steps} steps, "
               f"w {record['trained_w'] if args.w is None else args.w}, cfg {args.cfg}, {args.dtype}, seed {args.seed}; {speed}")
+        if model.input_size == 1:
+            print_table([grid_scores(torch.from_numpy(np.load(args.out)["arr_0"]), labels)])
     if dist.is_initialized():
         dist.destroy_process_group()
 

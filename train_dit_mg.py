@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import fid
 import models
-from sample import save_grid, write_samples
+from sample import save_grid, save_points, write_samples
 
 # ================================================================ this script's own: the path
 
@@ -45,6 +45,8 @@ def draw_t(u):
 PRESETS = {  # defaults by --data
     "digits": {"model": f"{KIND}-T/2", "image_size": 8, "vae": "none", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": 2400,
                "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "save_every": 800, "log_every": 50, "eval_batch": 500},
+    "grid": {"model": "MLP", "image_size": 1, "vae": "none", "batch": 512, "lr": 1e-3, "ema": 0.995, "steps": 4000,
+             "eval_every": 0, "eval_samples": 20_000, "eval_steps": 50, "save_every": 2000, "log_every": 100, "eval_batch": 2000},
     # the paper's ImageNet recipe
     "folder": {"model": f"{KIND}-XL/2", "image_size": 256, "vae": "stabilityai/sd-vae-ft-ema", "batch": 256, "lr": 1e-4,
                "ema": 0.9999, "steps": 400_000, "eval_every": 50_000, "eval_samples": 5000, "eval_steps": 250,
@@ -136,13 +138,21 @@ def variational_bound(x0, noise, eps, v, t):
 def parse_args(argv):
     """The command line with the preset of its --data filled in: (flags, parser)."""
     presets = "\n".join(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in preset.items()) for name, preset in PRESETS.items())
+
+    def scale(text):
+        return text if text == "auto" else float(text)
     p = argparse.ArgumentParser(description=f"{__doc__}\npresets (defaults by --data):\n{presets}", usage=argparse.SUPPRESS,
                                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8) or a folder of class folders [%(default)s]")
+    p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8), grid (Fig. 2's points) or a folder of class folders [%(default)s]")
     p.add_argument("--image-size", type=int, help="pixels [preset]")
     p.add_argument("--vae", help="hub name or folder of the encoder; none: train on pixels [preset]")
     p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, what this script trains [preset]")
-    p.add_argument("--w", type=float, help="guidance scale, 1 is off; acts as CFG at 1/(2-w) (Eq. 18, 20) [1.5]")
+    p.add_argument("--w", type=scale, help="guidance scale, 1 is off, acts as CFG at 1/(2-w) (Eq. 18, 20); or auto (3.3) [1.5]")
+    p.add_argument("--auto-rule", choices=["probe", "paper"], help="raise an automatic w at an evaluation where, probe: CFG 1.1 on top "
+                   "scores better; paper: the score got worse since the last one; lower it otherwise [probe]")
+    p.add_argument("--auto-metric", choices=[*LOWER, *HIGHER], help="what it goes by [fid; grid: outliers]")
+    p.add_argument("--auto-step", type=float, help="share of the way to --auto-max, or back to 1, an evaluation [0.1]")
+    p.add_argument("--auto-max", type=float, help="bound of an automatic w, below 2; 1.75 acts as CFG 4 [1.75]")
     p.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="scale-aware: draw w from here (Eq. 21, 22)")
     p.add_argument("--drop", type=float, help="share of samples that get the empty class (Table 4) [0.1]")
     p.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1 [%(default)s]")
@@ -151,7 +161,7 @@ def parse_args(argv):
     p.add_argument("--init", metavar="CKPT", help="start from these weights: ours, or DiT's, SiT's, REPA's, MG's files [random]")
     p.add_argument("--teacher", choices=["ema", "online"], default="ema", help="of Eq. 18, or of Eq. 20 [%(default)s]")
     p.add_argument("--empty", choices=["class", "labels"], default="class", help="labels: no empty class (Eq. 23) [%(default)s]")
-    p.add_argument("--num-labels", type=int, default=4, help="N of Eq. 23, with --empty labels [%(default)s]")
+    p.add_argument("--num-labels", type=int, help="N of Eq. 23, with --empty labels [4]")
     p.add_argument("--steps", type=int, help="training steps in all [preset]")
     p.add_argument("--batch", type=int, help="images a step, all processes together [preset]")
     p.add_argument("--accum", type=int, default=1, help="parts that a process makes of its share of a batch [%(default)s]")
@@ -178,13 +188,27 @@ def parse_args(argv):
         args.w = 1.5
     if args.drop is None:
         args.drop = 0.1 if args.empty == "class" else 0.0
+    for flag, needed, there, default in [  # a flag without what it belongs to would silently do nothing
+            ("auto_rule", "--w auto", args.w == "auto", "probe"), ("auto_step", "--w auto", args.w == "auto", 0.1),
+            ("auto_metric", "--w auto", args.w == "auto", "outliers" if args.data == "grid" else "fid"),
+            ("auto_max", "--w auto", args.w == "auto", 1.75), ("num_labels", "--empty labels", args.empty == "labels", 4)]:
+        if getattr(args, flag) is None:
+            setattr(args, flag, default if there else None)
+        elif not there:
+            p.error(f"--{flag.replace('_', '-')}: only with {needed}")
     if args.w_ramp is None:
-        args.w_ramp = 1000 if args.init and not args.w_range else 0
+        args.w_ramp = 1000 if args.init and not args.w_range and args.w != "auto" else 0
     if args.out is None:
         scale = "-".join(map(str, args.w_range)) if args.w_range else args.w
         args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).name}-w{scale}"
     for flag, ok, rule in [
-            ("--w", args.w_range or math.isfinite(args.w), "a number"),
+            ("--w", args.w_range or args.w == "auto" or math.isfinite(args.w), "a number, or auto"),
+            ("--auto-step", args.w != "auto" or 0 < args.auto_step <= 1, "above 0, up to 1"),
+            ("--auto-max", args.w != "auto" or 1 < args.auto_max < 2, "between 1 and 2, where MG has no bound"),
+            ("--auto-rule", args.auto_rule != "probe" or args.empty == "class", "paper with --empty labels: CFG needs the empty class"),
+            ("--eval-every", args.w != "auto" or args.eval_every > 0, "above 0 with --w auto, which goes by the evaluations"),
+            ("--eval-samples", args.w != "auto" or args.eval_samples > 0, "above 0 with --w auto, which goes by the evaluations"),
+            ("--w-ramp", args.w != "auto" or not args.w_ramp, "left out with --w auto, which starts at 1"),
             ("--w-range", args.w_range is None or 1 <= args.w_range[0] < args.w_range[1] < math.inf, "1 <= LO < HI"),
             ("--drop", 0 <= args.drop < 1, "0 up to, not with, 1"),
             ("--drop", args.empty == "class" or not args.drop, "left out with --empty labels, which has no empty class"),
@@ -195,9 +219,10 @@ def parse_args(argv):
             ("--seed", 0 <= args.seed < 2 ** 31, "0 to 2^31 - 1"),
             ("--eval-steps", KIND == "SiT" or args.eval_steps <= T, f"at most {T}"),
             *((f"--{name.replace('_', '-')}", getattr(args, name) >= 1, "at least 1")
-              for name in ("image_size", "steps", "batch", "accum", "num_labels", "eval_steps", "eval_batch", "log_every")),
+              for name in ("image_size", "steps", "batch", "accum", "eval_steps", "eval_batch", "log_every")),
             *((f"--{name.replace('_', '-')}", getattr(args, name) >= 0, "0 or more")
               for name in ("start", "w_ramp", "eval_every", "eval_samples", "save_every", "workers")),
+            ("--num-labels", args.num_labels is None or args.num_labels >= 1, "at least 1"),
             ("--eval-samples", args.eval_samples != 1, "0, or at least 2")]:
         if not ok:
             p.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: must be {rule}")
@@ -208,7 +233,9 @@ DRAWN = 0.2  # share of a batch that draws a scale in a scale-aware run; --drop 
 # Flags that may change when a run is resumed: they don't change what is trained.
 FREE = {"out", "steps", "accum", "compile", "workers", "eval_every", "eval_samples", "eval_steps", "eval_batch",
         "save_every", "log_every"}
-COLUMNS = ["step", "loss", "images_per_s", "fid", "sfid", "is", "precision", "recall", "accuracy"]  # of log.csv
+LOWER, HIGHER = ("fid", "sfid", "outliers"), ("is", "precision", "recall", "accuracy", "coverage")  # scores, by what is better
+COLUMNS = ["step", "loss", "images_per_s", "w", *LOWER, *HIGHER]  # of log.csv
+PROBE = 1.1  # the CFG scale that --w auto tries on top
 
 
 def sampler(n, batch, micro, first_step, rank, world, seed):
@@ -289,13 +316,15 @@ def main(argv=None):
         if args.batch % (world * args.accum):
             raise ValueError(f"--batch {args.batch}: must be a multiple of processes times --accum, {world} x {args.accum}")
         features = "digits" if args.data == "digits" else "inception"
-        if args.data == "digits" and args.image_size != 8:
-            raise ValueError(f"--image-size {args.image_size}: the digits have 8")
-        images = fid.real_images(args.data, args.image_size)
-        if args.data == "digits" and args.vae != "none":
-            raise ValueError(f"--vae {args.vae}: the digits have one channel; leave --vae out")
+        if args.data in ("digits", "grid"):
+            size = PRESETS[args.data]["image_size"]
+            if args.image_size != size:
+                raise ValueError(f"--image-size {args.image_size}: {args.data} has {size}")
+            if args.vae != "none":
+                raise ValueError(f"--vae {args.vae}: {args.data} has no three colours to encode; leave --vae out")
+        images = models.grid_data() if args.data == "grid" else fid.real_images(args.data, args.image_size)
         vae = None if args.vae == "none" else models.load_vae(args.vae, device)
-        sample, _ = images[0]                                                                      # (C, H, W) uint8
+        sample, _ = images[0]                                                                      # (C, H, W)
         if vae:
             shape = models.encode(vae, sample[None].to(device) / 127.5 - 1)[0].shape[1:]                  # (c, h, w)
         else:
@@ -319,7 +348,8 @@ def main(argv=None):
         if model.kind != KIND:
             raise ValueError(f"--model {args.model}: this script trains {KIND}; train_{model.kind.lower()}_mg.py trains that")
         # what the weights depend on, and all that sample.py needs to know
-        config = {key: value for key, value in vars(args).items() if key not in FREE} | kwargs
+        free = FREE - {"eval_every", "eval_samples", "eval_steps"} if args.w == "auto" else FREE
+        config = {key: value for key, value in vars(args).items() if key not in free} | kwargs
         if checkpoint:
             for key, value in checkpoint["config"].items():
                 if config.get(key) != value:
@@ -330,10 +360,11 @@ def main(argv=None):
         model = model.to(device)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
-        first = 0
+        first, auto = 0, {"w": 1.0, "score": None}  # of an automatic w: now, and at the last evaluation
         if checkpoint:
             first = checkpoint["step"]
             try:
+                auto = checkpoint["auto"] if args.w == "auto" else auto
                 model.load_state_dict(checkpoint["model"])
                 ema.load_state_dict(checkpoint["ema"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
@@ -346,7 +377,7 @@ def main(argv=None):
                   f"{len(images.classes)} classes, {world} x {device.type}" + (f", resuming from step {first}" if first else ""))
             print(describe_w(args, len(images.classes)), *([warning] if warning else []), sep="\n", flush=True)
         reference = None
-        if args.eval_samples:
+        if args.eval_samples and args.data != "grid":
             reference = fid.load_reference(args.data, features, size=args.image_size, progress=len(images) > 10_000)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -357,19 +388,24 @@ def main(argv=None):
     teacher = ema if args.teacher == "ema" else net
     weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())  # detached: no graph of averages
     order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
-    if args.data == "digits":
+    if args.data == "grid":
+        data = iter(DataLoader(images, sampler=order, batch_size=None))  # batches by indexing
+    elif args.data == "digits":
         tensors = TensorDataset(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
-        data = iter(DataLoader(tensors, sampler=order, batch_size=None))  # batches by indexing
+        data = iter(DataLoader(tensors, sampler=order, batch_size=None))
     else:
         data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
     # ---------------- logging and evaluation
+    def due(step):
+        return args.eval_every and step % args.eval_every == 0 and step < args.steps
+
     rows, row, started = [], {"step": first}, time.perf_counter()
     if rank == 0:
         if first and (out / "log.csv").exists():
             with open(out / "log.csv", newline="") as f:
                 rows = [row for row in csv.DictReader(f) if int(row["step"]) <= first]
-            if rows and first == args.steps == int(rows[-1]["step"]):
-                row = rows.pop()  # trained to the end before: it is scored again
+            if rows and first == int(rows[-1]["step"]) and (first == args.steps or due(first)):
+                row = rows.pop()  # checkpoints are from before the evaluation of their step: it is scored again
         with models.atomic(out / "log.csv") as f:
             f.write(table(rows).encode())
 
@@ -383,28 +419,48 @@ def main(argv=None):
         path, classes = out / "samples.npz", len(images.classes)
         rows_of = torch.linspace(0, classes - 1, min(classes, 10)).long()  # the classes that samples.png shows, a row each
         labels = torch.arange(args.eval_samples) % classes if args.eval_samples else rows_of.repeat(10)
-        write_samples(path, ema, labels, args.seed, batch=args.eval_batch, vae=vae,
-                      record={"checkpoint": str(out / "ckpt.pt"), "step": step, "weights": "ema", "model": args.model,
-                              "trained_w": args.w_range or args.w, "vae": args.vae, "class_labels": "balanced", "labels": None},
-                      steps=args.eval_steps, w=sum(args.w_range) / 2 if args.w_range else None, go_on=False)
-        metrics = fid.evaluate(path, reference, features) if reference else {}
+        w = args.w_range or (auto["w"] if args.w == "auto" else args.w)
+
+        def score(path, cfg):
+            write_samples(path, ema, labels, args.seed, batch=args.eval_batch, vae=vae, cfg=cfg,
+                          record={"checkpoint": str(out / "ckpt.pt"), "step": step, "weights": "ema", "model": args.model,
+                                  "trained_w": w, "vae": args.vae, "class_labels": "balanced", "labels": None},
+                          steps=args.eval_steps, w=sum(args.w_range) / 2 if args.w_range else None, go_on=False)
+            if args.data == "grid":
+                return models.grid_scores(torch.from_numpy(np.load(path)["arr_0"]), labels)
+            return fid.evaluate(path, reference, features) if reference else {}
+        metrics = score(path, 1.0)
+        if args.w == "auto" and step >= args.start and step < args.steps:
+            # 3.3: w moves as a moving average towards its bounds. The paper's words, "raised when quality decreases and suppressed
+            # otherwise", can't tell guidance from training; ours asks the network: what would a little more guidance do?
+            sign, now = -1 if args.auto_metric in LOWER else 1, metrics[args.auto_metric]
+            if args.auto_rule == "probe":
+                more = sign * score(out / "probe.npz", PROBE)[args.auto_metric] > sign * now
+            else:
+                more = auto["score"] is not None and sign * now < sign * auto["score"]
+            auto.update(w=auto["w"] + args.auto_step * ((args.auto_max if more else 1) - auto["w"]), score=now)
         if rank == 0:
             log(row | metrics)
             if metrics:
-                scale = args.w if not args.w_range else f"{sum(args.w_range) / 2} of {args.w_range}"
+                shown = f"{sum(w) / 2} of {w}" if args.w_range else round(w, 3)
                 tqdm.write(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | {' | '.join(metrics)} |\n"
-                           f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {scale} | "
+                           f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {shown} | "
                            + " | ".join(f"{value:.3f}" for value in metrics.values()) + " |")
             drawn = np.load(path)["arr_0"]
-            columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
-            picture = torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])
-            save_grid(drawn[picture], out / "samples.png", columns)
+            if args.data == "grid":
+                save_points(drawn, labels, out / "samples.png")
+            else:
+                columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
+                picture = torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])
+                save_grid(drawn[picture], out / "samples.png", columns)
             save_curves(rows, out / "curves.png")
 
     def uniform(*shape):
         return torch.rand(args.batch, *shape, generator=generator, device=device)
 
     generator, losses, begin, done = torch.Generator(device), [], time.perf_counter(), first
+    if first and due(first):
+        evaluate(first, row)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
     for step in bar:
         # ============================================================ the training step
@@ -418,8 +474,9 @@ def main(argv=None):
             w = torch.where(uniform() < DRAWN / (1 - args.drop), lo + (hi - lo) * uniform(), 1.0)
         else:
             risen = min(1, (step + 1 - args.start) / args.w_ramp) if args.w_ramp else 1
-            w = torch.full((args.batch,), 1 + (args.w - 1) * risen, device=device)
-        flip = uniform(1, 1, 1) < (0.5 if args.data != "digits" else 0)
+            scale = auto["w"] if args.w == "auto" else args.w
+            w = torch.full((args.batch,), 1 + (scale - 1) * risen, device=device)
+        flip = uniform(1, 1, 1) < (0 if args.data in ("digits", "grid") else 0.5)
         posterior = torch.randn(args.batch, *shape, generator=generator, device=device) if vae else None
         for a in range(args.accum):
             part = slice((a * world + rank) * micro, (a * world + rank + 1) * micro)
@@ -428,7 +485,8 @@ def main(argv=None):
             except (ValueError, OSError) as e:  # an image that can't be read; a worker's error has its traceback in it
                 bar.close()
                 parser.exit(2, f"{parser.prog}: error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}\n")
-            x, y = x.to(device, non_blocking=True).float() / 127.5 - 1, y.to(device, non_blocking=True)
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            x = x / 127.5 - 1 if x.dtype == torch.uint8 else x
             x0 = torch.where(flip[part], x.flip(-1), x)
             if vae:
                 mean, std = models.encode(vae, x0)
@@ -445,9 +503,8 @@ def main(argv=None):
         torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
         # ============================================================ below: log, evaluate, save
         step += 1
-        evaluating = args.eval_every and step % args.eval_every == 0 and step < args.steps
         saving = step == args.steps or (args.save_every and step % args.save_every == 0)
-        if not (evaluating or saving or step % args.log_every == 0):
+        if not (due(step) or saving or step % args.log_every == 0):
             continue
         window = torch.stack(losses).view(-1, args.accum).sum(1)                                   # (steps since the last row,)
         if ddp:
@@ -460,13 +517,14 @@ def main(argv=None):
             bad = min(done + 1 + int((~finite).nonzero()[0]), step)
             stop(f"the loss of step {bad}, or a weight after it, is not finite; the last good checkpoint stays in --out {out}. "
                  f"Lower --lr or --w, or use --dtype fp32")
-        row = {"step": step, "loss": float(window.mean()),
+        row = {"step": step, "loss": float(window.mean()), "w": None if args.w_range else float(w[0]),
                "images_per_s": round((step - done) * args.batch / (time.perf_counter() - begin), 1)}
         bar.set_postfix(loss=f"{row['loss']:.4f}")
         if saving and rank == 0:
             models.save_checkpoint(out / "ckpt.pt", {"config": config, "step": step, "model": model.state_dict(),
-                                              "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
-        if evaluating:
+                                              "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+                                   | ({"auto": auto} if args.w == "auto" else {}))
+        if due(step):
             evaluate(step, row)
         elif rank == 0 and step < args.steps:
             log(row)
@@ -484,6 +542,10 @@ def describe_w(args, classes):
     """The line that says what --w means for this run."""
     if args.w_range:
         return f"scale-aware: one network for guidance scales {args.w_range[0]} to {args.w_range[1]}, chosen when sampling"
+    if args.w == "auto":
+        rule = f"CFG {PROBE} on top scores a better {args.auto_metric}" if args.auto_rule == "probe" else f"{args.auto_metric} got worse"
+        return (f"automatic w: from 1, at each evaluation {args.auto_step} of the way to {args.auto_max} where {rule}, "
+                f"as much of the way back to 1 otherwise")
     # out(c) = out*(c) + (w-1) (out(c) - uncond); with --empty labels, uncond moves too: it is the mean of the other classes
     gain, around = (1, "") if args.empty == "class" else (classes / (classes - 1), ", around the mean of the classes")
     effective = 1 - (args.w - 1) * gain
@@ -506,16 +568,27 @@ def table(rows):
 
 
 def save_curves(rows, path):
-    """Loss and Fréchet distance against steps."""
+    """Loss and score against steps, and w where it changed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, key, name in zip(axes, ("loss", "fid"), ("loss", "Fréchet distance (lower is better)"), strict=True):
+    scores = {"fid": "Fréchet distance (lower is better)", "outliers": "share of outliers", "coverage": "coverage of the cells"}
+
+    def draw(axis, key, name, **style):
         points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) not in (None, "")]
-        axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) < 20 else None)
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, label=name, **style)
+        return {y for _, y in points}
+    draw(axes[0], "loss", "loss")
+    drawn = [name for key, name in scores.items() if draw(axes[1], key, name)]
+    for axis, name in zip(axes, ("loss", ", ".join(drawn) or "not scored"), strict=True):
         axis.set(xlabel="step", ylabel=name, yscale="log")
         axis.grid(alpha=0.3)
+    if len({row.get("w") for row in rows}) > 1:
+        right = axes[1].twinx()
+        draw(right, "w", "w", color="gray", linestyle="--")
+        right.set(ylabel="w (dashed)")
     with models.atomic(path) as f:
         figure.savefig(f, format="png", dpi=120)
     plt.close(figure)
