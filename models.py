@@ -220,7 +220,7 @@ def grid_data(num=100_000, seed=0):
 
 
 def grid_posterior(x_t, y, a, s):
-    """Exactly p(x_t | y) (N,) and E[x_0 | x_t, y] (N, 2), float64, where x_t (N, 2) = a x_0 + s eps, s > 0; y (N,) in 0..2.
+    """Exactly p(x_t | y) (N,) and E[x_0 | x_t, y] (N, 2), float64, where x_t (N, 2) = a x_0 + s eps, a, s > 0; y (N,) 0..2.
 
     A box convolved with a normal is a difference of normal distribution functions, along each axis for itself.
     """

@@ -865,6 +865,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     (["--w", 1.3, "--w-range", 1, 3], "--w 1.3"),
     (["--vae", "x"], "--vae x"),
     (["--w-range", 1, 3, "--w-ramp", 5], "--w-ramp 5"),
+    (["--w", "automatic"], "--w"),
+    (["--w", "auto"], "--eval-every 0"),
+    (["--w", "auto", "--eval-every", 1, "--eval-samples", 0], "--eval-samples 0"),
+    (["--w", "auto", "--eval-every", 1, "--auto-max", 2], "--auto-max 2"),
+    (["--w", "auto", "--eval-every", 1, "--auto-step", 0], "--auto-step 0"),
+    (["--w", "auto", "--eval-every", 1, "--empty", "labels"], "--auto-rule probe"),
+    (["--w", "auto", "--w-range", 1, 3], "--w auto"),
+    (["--auto-step", 0.1], "--auto-step: only with --w auto"),
+    (["--num-labels", 3], "--num-labels: only with --empty labels"),
+    (["--data", "grid", "--image-size", 8], "--image-size 8"),
+    (["--data", "grid", "--vae", "x"], "--vae x"),
 ])
 def test_train_refuses(flags, says, tmp_path):
     error = error_of(train_sit_mg.main, *TINY, *flags, "--out", tmp_path / "out")
@@ -978,6 +989,153 @@ def test_training_on_a_folder_through_a_vae(tmp_path):
     assert "2 images" in printed or "12 images of 2 classes" in printed
     train("SiT", tmp_path / "pixels", *flags, "--vae", "none", "--steps", 2)
     assert load_checkpoint(tmp_path / "pixels" / "ckpt.pt")[0].in_channels == 3
+
+
+# ---------------------------------------------------------------- the 2-D grid of Fig. 2, and an automatic w
+
+class ExactGrid(nn.Module):
+    """The network that a long training on the grid would give, with its guidance: out(empty) + scale (out(c) - out(empty))."""
+    num_classes, in_channels, input_size, scale_aware = 2, 2, 1, False
+
+    def __init__(self, kind, scale=1.0):
+        super().__init__()
+        self.kind, self.scale = kind, scale
+
+    def plain(self, x, t, y):
+        out = torch.empty(len(x), 2, dtype=torch.float64)
+        for one in t.unique():
+            here, bar = t == one, ALPHA_BARS[int(one)]
+            a, s = (max(1 - float(one), 1e-4), float(one)) if self.kind == "SiT" else (float(bar.sqrt()), float((1 - bar).sqrt()))
+            points = x[here].flatten(1).double()
+            _, x0 = models.grid_posterior(points, y[here], a, s)
+            eps = (points - a * x0) / s
+            out[here] = eps - x0 if self.kind == "SiT" else eps
+        return out.float()[..., None, None]
+
+    def forward(self, x, t, y):
+        empty = self.plain(x, t, torch.full_like(y, 2))
+        return empty + self.scale * (self.plain(x, t, y) - empty)
+
+
+def test_grid_posterior_against_sums():
+    """p(x_t | y) and E[x_0 | x_t, y] against a sum over a fine lattice of x_0."""
+    side = (torch.arange(800, dtype=torch.float64) + 0.5) / 200 - 2
+    x0 = torch.cartesian_prod(side, side)
+    cell = (x0 + 2).floor().long().sum(1) % 2
+    for a, s in ((0.6, 0.4), (0.2, 0.98)):
+        for point in torch.tensor([[0.3, 0.2], [1.5, -0.9], [-2.5, 2.5]], dtype=torch.float64):
+            likelihood = torch.exp(-(point - a * x0).square().sum(1) / (2 * s * s)) / (2 * math.pi * s * s)
+            for y in 0, 1, 2:
+                chosen = likelihood * ((cell == y) | (y == 2))
+                density, mean = models.grid_posterior(point[None], torch.tensor([y]), a, s)
+                assert math.isclose(density.item(), (chosen.sum() / 200 ** 2 / (16 if y == 2 else 8)).item(), rel_tol=1e-3)
+                torch.testing.assert_close(mean[0], (chosen[:, None] * x0).sum(0) / chosen.sum(), rtol=0, atol=2e-3)
+
+
+def test_grid_data_and_scores():
+    data = models.grid_data(20_000)
+    x, y = data.tensors[0].flatten(1), data.tensors[1]
+    assert torch.equal((x + 2).floor().long().sum(1) % 2, y) and data.classes == ["even", "odd"] and x.abs().max() <= 2
+    assert abs(x.mean()) < 0.03 and abs(x.var() - 4 / 3) < 0.03
+    scores = models.grid_scores(x, y)
+    assert scores["outliers"] == 0 and scores["coverage"] > 0.97
+    assert models.grid_scores(x, 1 - y) == {"outliers": 1.0, "coverage": 0.0}
+    assert models.grid_scores(x, torch.full_like(y, 2))["coverage"] > 0.97
+    one = torch.tensor([[-1.99, -1.99]]).repeat(10, 1)  # all in one of the 512 sub-cells of class 0
+    assert models.grid_scores(one, torch.zeros(10, dtype=torch.int64)) == {"outliers": 0.0, "coverage": 1 / 512}
+    assert models.grid_scores(one + 10, torch.full((10,), 2)) == {"outliers": 1.0, "coverage": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["SiT", "DiT"])
+def test_samplers_on_the_exact_grid(kind):
+    """With the exact network the points fill the cells of their class, and measured_scale finds the scale that is in it."""
+    y = torch.arange(4000) % 2
+    scores = models.grid_scores(draw(ExactGrid(kind), y, torch.arange(4000), steps=60).flatten(1), y)
+    assert scores["outliers"] < 0.03 and scores["coverage"] > 0.9
+    assert sample.choose_sampler(None, ExactGrid(kind)) == {"SiT": "euler", "DiT": "ddim"}[kind]
+    assert sample.measured_scale(ExactGrid(kind, 1.7), ExactGrid(kind), 500) == pytest.approx(1.7, abs=1e-3)
+
+
+def test_eq_23_is_exact_only_where_the_posterior_is_flat():
+    """The mean over all labels against the exact unconditional velocity: right at t = 1, wrong by construction at small t."""
+    x0, y = (x[:2000] for x in models.grid_data().tensors)
+    noise, net, off = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), ExactGrid("SiT"), {}
+    for t in (0.1, 0.4, 0.9):
+        x_t, times = (1 - t) * x0 + t * noise, torch.full((2000,), t)
+        exact, guidance = net(x_t, times, y * 0 + 2), net(x_t, times, y) - net(x_t, times, 1 - y)
+        mean = (net(x_t, times, y * 0) + net(x_t, times, y * 0 + 1)) / 2
+        off[t] = ((mean - exact).norm() / guidance.norm()).item()
+    assert off[0.9] < 0.02 < off[0.4] < off[0.1] and 0.4 < off[0.1] <= 0.5  # a posterior of (1, 0) in place of (1/2, 1/2)
+
+
+@pytest.mark.parametrize("kind", ["SiT", "DiT"])
+def test_training_on_the_grid(kind, tmp_path, capsys):
+    grid = ["--data", "grid", "--eval-samples", 100]
+    printed = train(kind, tmp_path / "mg", *grid, "--steps", 4, "--w", 1.5)
+    assert "| outliers | coverage |" in printed
+    train(kind, tmp_path / "parts", *grid, "--steps", 2, "--w", 1.5)
+    train(kind, tmp_path / "parts", *grid, "--steps", 4, "--w", 1.5)
+    assert_same_checkpoint(tmp_path / "mg", tmp_path / "parts")
+    drawn = np.load(tmp_path / "mg" / "samples.npz")
+    assert drawn["arr_0"].dtype == np.float32 and drawn["arr_0"].shape == (100, 2)
+    logged = list(csv.DictReader((tmp_path / "mg" / "log.csv").open()))[-1]
+    assert float(logged["outliers"]) == models.grid_scores(torch.from_numpy(drawn["arr_0"]), torch.from_numpy(drawn["labels"]))["outliers"]
+    for seed in 0, 1:
+        train(kind, tmp_path / f"plain{seed}", *grid, "--steps", 1, "--w", 1, "--seed", seed)
+    mg, plain = tmp_path / "mg" / "ckpt.pt", tmp_path / "plain0" / "ckpt.pt"
+    few = ["--steps", 2, "--num", 200]
+    capsys.readouterr()
+    main = lambda *argv: sample.main([str(a) for a in argv])
+    main(mg, *few, "--class-labels", "balanced", "--cfg", 2, "--out", tmp_path / "x.npz")
+    x = np.load(tmp_path / "x.npz")
+    found = models.grid_scores(torch.from_numpy(x["arr_0"]), torch.from_numpy(x["labels"]))
+    assert f"| {found['outliers']:.3f} | {found['coverage']:.3f} |" in capsys.readouterr().out
+    main(mg, *few, "--figure", tmp_path / "fig2.png", "--compare", plain)
+    table = capsys.readouterr().out
+    assert "| CFG 2 |" in table and "| MG 1.5, one pass |" in table and (tmp_path / "fig2.png").stat().st_size > 10_000
+    main(mg, tmp_path / "parts" / "ckpt.pt", *few, "--figure", tmp_path / "law.png", "--compare", plain, tmp_path / "plain1" / "ckpt.pt")
+    table = capsys.readouterr().out
+    assert re.search(r"\| CFG 1.33 \| +\| .* \| 2 \|", table) and re.search(r"\| MG 1.5 \| 2.000 \| .* \| 2 \|", table)
+    assert "--out" in error_of(sample.main, mg, "--out", tmp_path / "x.png")
+    assert "--compare" in error_of(sample.main, mg, "--figure", tmp_path / "x.png")
+    assert "--compare" in error_of(sample.main, mg, "--figure", tmp_path / "x.png", "--compare", mg)
+    assert "CKPT" in error_of(sample.main, mg, mg, "--out", tmp_path / "x.npz")
+    digits = save_random(tmp_path / "digits.pt", random_model(), "SiT-T/2")
+    assert "digits.pt" in error_of(sample.main, digits, "--figure", tmp_path / "x.png", "--compare", plain)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(("rule", "scores", "expected"), [
+    # probe: pairs of scores, as it is and with some CFG on top; a lower Frechet distance on top raises w, or else it falls
+    ("probe", [5, 4, 5, 4, 5, 6, 1], [1, 1.15, 1.27, 1.216]),
+    # paper: raised where the distance grew since the last evaluation; at the first there is nothing to compare with
+    ("paper", [5, 4, 6, 1], [1, 1, 1, 1.15])])
+def test_automatic_w(rule, scores, expected, tmp_path, monkeypatch):
+    """The sequence of w from a script of scores; each log row has the w that its steps were trained with."""
+    script = iter(scores)
+    monkeypatch.setattr(train_sit_mg.fid, "evaluate", lambda *_: {"fid": next(script)})
+    train("SiT", tmp_path, "--w", "auto", "--auto-rule", rule, "--auto-step", 0.2, "--eval-every", 2, "--steps", 8, "--log-every", 2)
+    with open(tmp_path / "log.csv", newline="") as f:
+        assert [float(row["w"]) for row in csv.DictReader(f)] == pytest.approx(expected)
+    assert next(script, None) is None
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert state["config"]["w"] == "auto" and state["auto"]["w"] == pytest.approx(expected[-1])
+    assert load_checkpoint(tmp_path / "ckpt.pt")[1]["w"] == pytest.approx(expected[-1])
+    assert json.loads((tmp_path / "samples.json").read_text())["trained_w"] == pytest.approx(expected[-1])
+
+
+def test_automatic_w_resumes_bit_for_bit(tmp_path):
+    """Also where the checkpoint's step was to be evaluated: checkpoints are from before that."""
+    flags = ["--w", "auto", "--eval-every", 2, "--auto-step", 0.5]
+    train("SiT", tmp_path / "whole", "--steps", 5, *flags)
+    train("SiT", tmp_path / "parts", "--steps", 2, *flags)
+    train("SiT", tmp_path / "parts", "--steps", 3, *flags)
+    train("SiT", tmp_path / "parts", "--steps", 5, *flags)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
+    logs = [[(row["step"], row["loss"], row["w"], row["fid"]) for row in csv.DictReader((tmp_path / name / "log.csv").open())]
+            for name in ("whole", "parts")]
+    assert [row[:3] for row in logs[0]] == [row[:3] for row in logs[1]] and logs[0][3] == logs[1][3]
+    assert "eval_every 2, not 3" in error_of(train_sit_mg.main, *TINY, "--steps", 6, *flags, "--eval-every", 3, "--out", tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- fid.py: metrics against closed forms, scipy and loops

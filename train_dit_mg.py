@@ -517,7 +517,7 @@ def main(argv=None):
             bad = min(done + 1 + int((~finite).nonzero()[0]), step)
             stop(f"the loss of step {bad}, or a weight after it, is not finite; the last good checkpoint stays in --out {out}. "
                  f"Lower --lr or --w, or use --dtype fp32")
-        row = {"step": step, "loss": float(window.mean()), "w": None if args.w_range else float(w[0]),
+        row = {"step": step, "loss": float(window.mean()), "w": None if args.w_range else round(float(w[0]), 6),
                "images_per_s": round((step - done) * args.batch / (time.perf_counter() - begin), 1)}
         bar.set_postfix(loss=f"{row['loss']:.4f}")
         if saving and rank == 0:
