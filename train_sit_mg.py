@@ -116,6 +116,8 @@ def parse_args(argv):
     p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8) or a folder of class folders [%(default)s]")
     p.add_argument("--image-size", type=int, help="pixels [preset]")
     p.add_argument("--vae", help="hub name or folder of the encoder; none: train on pixels [preset]")
+    p.add_argument("--latents", metavar="DIR", help="encode all images once, into this folder (ImageNet-256: about 42 GB), and train "
+                                                    "from it [encode in every step]")
     p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, what this script trains [preset]")
     p.add_argument("--w", type=float, help="guidance scale, 1 is off; acts as CFG at 1/(2-w) (Eq. 18, 20) [1.5]")
     p.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="scale-aware: draw w from here (Eq. 21, 22)")
@@ -275,6 +277,9 @@ def main(argv=None):
             shape = models.encode(vae, sample[None].to(device) / 127.5 - 1)[0].shape[1:]                  # (c, h, w)
         else:
             shape = sample.shape
+        if args.latents and not vae:
+            raise ValueError(f"--latents {args.latents}: there are none without a VAE; give --vae, or leave --latents out")
+        latents = models.Latents(args.latents, images, vae, args.vae, shape) if args.latents else None
         kwargs = {"input_size": shape[1], "in_channels": shape[0], "num_classes": len(images.classes),
                   "scale_aware": args.w_range is not None, "empty_class": args.empty == "class", "freq_divisor": 127, "kind": KIND}
         if args.empty == "labels" and args.num_labels >= kwargs["num_classes"]:
@@ -327,6 +332,11 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         stop(e)
+    if latents:
+        try:
+            latents.fill(images, vae, args.workers)
+        except (ValueError, OSError) as e:  # in this process alone
+            parser.exit(2, f"{parser.prog}: error: {e}\n")
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net, forward_sync_buffers=False) if world > 1 else net
     teacher = ema if args.teacher == "ema" else net
@@ -335,6 +345,8 @@ def main(argv=None):
     if args.data == "digits":
         tensors = TensorDataset(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
         data = iter(DataLoader(tensors, sampler=order, batch_size=None))  # batches by indexing
+    elif latents:
+        data = iter(DataLoader(latents, sampler=order, batch_size=None, num_workers=args.workers, pin_memory=cuda))
     else:
         data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
     # ---------------- logging and evaluation
@@ -403,10 +415,15 @@ def main(argv=None):
             except (ValueError, OSError) as e:  # an image that can't be read; a worker's error has its traceback in it
                 bar.close()
                 parser.exit(2, f"{parser.prog}: error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}\n")
-            x, y = x.to(device, non_blocking=True).float() / 127.5 - 1, y.to(device, non_blocking=True)
-            x0 = torch.where(flip[part], x.flip(-1), x)
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            if latents:
+                mean, std = torch.where(flip[part, None], x[:, 1], x[:, 0]).float().unbind(1)
+            else:
+                x = x.float() / 127.5 - 1
+                x0 = torch.where(flip[part], x.flip(-1), x)
+                if vae:
+                    mean, std = models.encode(vae, x0)
             if vae:
-                mean, std = models.encode(vae, x0)
                 x0 = mean + std * posterior[part]
             sync = net.no_sync() if world > 1 and a < args.accum - 1 else contextlib.nullcontext()
             with sync, torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
