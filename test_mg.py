@@ -59,7 +59,7 @@ def error_of(main, *argv):
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(text):
         main([str(a) for a in argv])
     assert end.value.code == 2
-    lines = [line for line in text.getvalue().strip().splitlines() if line.strip() and "step/s" not in line]
+    lines = [line for line in text.getvalue().strip().splitlines() if line.strip() and not re.search("(step|img)/s", line)]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -978,6 +978,213 @@ def test_training_on_a_folder_through_a_vae(tmp_path):
     assert "2 images" in printed or "12 images of 2 classes" in printed
     train("SiT", tmp_path / "pixels", *flags, "--vae", "none", "--steps", 2)
     assert load_checkpoint(tmp_path / "pixels" / "ckpt.pt")[0].in_channels == 3
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """Class folders with 24 tiles of 64x64 pixels from each of scikit-learn's two photographs: (folder / china, folder / flower)."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+    folder = tmp_path_factory.mktemp("photos")
+    for name in "china", "flower":
+        (folder / name).mkdir()
+        photo = load_sample_image(f"{name}.jpg")                                                   # (427, 640, 3) uint8
+        for i in range(24):
+            top, left = 64 + i // 8 * 96, i % 8 * 72
+            Image.fromarray(photo[top:top + 64, left:left + 64]).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+def cached(folder, data, vae, size=16, workers=0):
+    """A cache of latents of `data`, filled by this process: (models.Latents, the images)."""
+    images = fid.real_images(str(data), size)
+    latents = models.Latents(folder, images, vae, "tiny", (4, size // 2, size // 2))
+    latents.fill(images, vae, workers)
+    return latents, images
+
+
+def in_processes(world, function, tmp_path):
+    """function() in `world` forks of this process that are ranks of a gloo group -> their exit codes."""
+    import torch.multiprocessing as mp
+
+    def rank_main(rank):
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+        function()
+    store = tmp_path / f"store{time.perf_counter_ns()}"
+    processes = [mp.get_context("fork").Process(target=rank_main, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_latents_are_what_encode_gives(photo_folder, tmp_path):
+    """Mean and std, plain and flipped, of every image, to float16's 11 bits; also through workers, and by any index."""
+    vae = tiny_vae(tmp_path)
+    latents, images = cached(tmp_path / "cache", photo_folder, vae, workers=2)
+    x = torch.stack([image for image, _ in images]) / 127.5 - 1
+    got, labels = latents[list(range(48))]
+    assert got.dtype == torch.float16 and got.shape == (48, 2, 2, 4, 8, 8) and labels.tolist() == images.labels
+    for flipped, pixels in enumerate((x, x.flip(-1))):
+        for i, wanted in enumerate(models.encode(vae, pixels)):
+            torch.testing.assert_close(got[:, flipped, i].float(), wanted, rtol=2 ** -11, atol=1e-6)
+    assert (got[:, 1] - got[:, 0].flip(-1)).abs().max() > 0.01  # the VAE isn't symmetric: a flip of latents wouldn't do
+    some, labels = latents[[40, 3, 40]]
+    assert torch.equal(some, got[[40, 3, 40]]) and labels.tolist() == [1, 0, 1]
+    header = json.loads((tmp_path / "cache" / "latents.json").read_text())
+    assert {"vae": "tiny", "scale": 0.3, "size": 16, "dtype": "float16", "count": 48, "classes": ["china", "flower"],
+            "complete": True}.items() <= header.items() and "flipped" in header["flips"] and "centre" in header["crop"]
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == {"latents.json", "latents.npy"}
+    import pickle
+    assert len(pickle.dumps(latents)) < 10_000  # what a worker is given
+
+
+def test_latents_train_as_online_encoding_does(photo_folder, tmp_path, monkeypatch):
+    """The same draws, so the same losses up to float16. With the flips left out they'd differ by far more."""
+    tiny_vae(tmp_path)
+    flags = ["--data", photo_folder, "--model", "SiT-T/2", "--image-size", 16, "--workers", 0, "--eval-samples", 0,
+             "--vae", tmp_path / "vae", "--lr", 3e-3, "--steps", 8]
+    train("SiT", tmp_path / "online", *flags)
+    train("SiT", tmp_path / "first", *flags, "--latents", tmp_path / "cache")
+    encoded, real = [], models.encode
+    monkeypatch.setattr(models, "encode", lambda vae, x: encoded.append(len(x)) or real(vae, x))
+    train("SiT", tmp_path / "again", *flags, "--latents", tmp_path / "cache")
+    assert encoded == [1]  # the one image that says what shape latents have
+    online, first, again = (np.array(losses(tmp_path / name)) for name in ("online", "first", "again"))
+    assert len(online) == 8 and np.array_equal(first, again)
+    off = np.abs(first - online).max()
+    assert 0 < off < 1e-4
+    real_item = models.Latents.__getitem__
+    monkeypatch.setattr(models.Latents, "__getitem__", lambda self, index: (
+        real_item(self, index)[0][:, :1].expand(-1, 2, -1, -1, -1, -1), real_item(self, index)[1]))
+    train("SiT", tmp_path / "plain", *flags, "--latents", tmp_path / "cache")
+    assert np.abs(np.array(losses(tmp_path / "plain")) - online).max() > 20 * off
+    monkeypatch.undo()
+    sample.main([str(tmp_path / "first" / "ckpt.pt"), "--labels", "1", "--num", "1", "--steps", "2", "--out", str(tmp_path / "x.png")])
+    assert "holds a run with latents" in error_of(train_sit_mg.main, *TINY, *flags, "--out", tmp_path / "first")
+
+
+def test_latents_killed_and_gone_on_with(photo_folder, tmp_path, monkeypatch):
+    """kill -9 in the third of six chunks, and a torn write where it was: the rest is encoded, and the bytes are the same."""
+    monkeypatch.setattr(models.Latents, "CHUNK", 8)
+    vae, real, calls = tiny_vae(tmp_path), models.encode, []
+    whole, _ = cached(tmp_path / "whole", photo_folder, vae)
+
+    def dies(vae, x):
+        calls.append(len(x))
+        return real(vae, x) if len(calls) < 6 else os.kill(os.getpid(), 9)
+    monkeypatch.setattr(models, "encode", dies)
+    assert in_processes(1, lambda: cached(tmp_path / "cache", photo_folder, vae), tmp_path) == [-9]
+    assert {p.name for p in (tmp_path / "cache" / "done").iterdir()} == {"0", "1"}
+    with open(tmp_path / "cache" / "latents.npy", "r+b") as f:
+        f.seek(128 + 20 * whole.open()[0].nbytes)
+        f.write(b"half a chunk")
+    monkeypatch.setattr(models, "encode", lambda vae, x: calls.append(len(x)) or real(vae, x))
+    cached(tmp_path / "cache", photo_folder, vae)
+    assert calls == [8] * 2 * 4
+    for name in "latents.npy", "latents.json":
+        assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    cached(tmp_path / "cache", photo_folder, vae)
+    assert len(calls) == 8
+
+
+def test_latents_are_the_same_for_1_2_and_4_processes(photo_folder, tmp_path, monkeypatch):
+    """And one of them that can't go on ends the others, though they'd wait for weeks."""
+    monkeypatch.setattr(models.Latents, "CHUNK", 10)  # the last chunk has 8
+    vae = tiny_vae(tmp_path)
+    cached(tmp_path / "1", photo_folder, vae)
+    for world in 2, 4:
+        assert in_processes(world, lambda world=world: cached(tmp_path / str(world), photo_folder, vae), tmp_path) == [0] * world
+        for name in "latents.npy", "latents.json":
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / str(world) / name).read_bytes()
+        assert not (tmp_path / str(world) / "done").exists()
+    image_folder(tmp_path / "images")
+    (tmp_path / "images" / "dog" / "5.png").write_bytes(b"broken")  # in chunk 1, of process 1
+    assert 0 not in in_processes(2, lambda: cached(tmp_path / "broken", tmp_path / "images", vae), tmp_path)
+
+
+def test_latents_under_torchrun(photo_folder, tmp_path):
+    """The script with 2 processes writes the cache that it writes alone, and trains from it as it does alone."""
+    tiny_vae(tmp_path)
+    flags = ["--data", photo_folder, "--model", "SiT-T/2", "--image-size", 16, "--workers", 1, "--eval-samples", 0,
+             "--vae", tmp_path / "vae", "--steps", 3]
+    train("SiT", tmp_path / "one", *flags, "--latents", tmp_path / "cache")
+    status, _, err = run("train_sit_mg.py", *TINY, *flags, "--latents", tmp_path / "cache2", "--out", tmp_path / "two", processes=2)
+    assert status == 0, err
+    assert "latents into" in err and "48/48" in err
+    assert (tmp_path / "cache" / "latents.npy").read_bytes() == (tmp_path / "cache2" / "latents.npy").read_bytes()
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-5)
+
+
+def test_latents_of_something_else_are_refused(photo_folder, tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+    vae, data, cache = tiny_vae(tmp_path), tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(photo_folder, data)
+    _, images = cached(cache, data, vae)
+    before = (cache / "latents.npy").read_bytes()
+
+    def refused(folder=cache, name="tiny", size=16, vae=vae):
+        with pytest.raises(ValueError) as error:
+            models.Latents(folder, fid.real_images(str(data), size), vae, name, (4, size // 2, size // 2))
+        assert str(error.value).startswith(f"--latents {folder}") and "\n" not in str(error.value)
+        return str(error.value)
+    models.Latents(cache, images, vae, "by another name", (4, 8, 8))
+    models.Latents(cache, fid.real_images(f"{data}/", 16), vae, "tiny", (4, 8, 8))
+    assert "made with size 16, not 32" in refused(size=32)
+    vae.register_to_config(scaling_factor=0.5)
+    assert "made with scale 0.3, not 0.5" in refused()
+    vae.register_to_config(scaling_factor=0.3)
+    vae.encoder.conv_in.bias.data[0] += 1e-3
+    assert "made with vae tiny, not other" in refused(name="other")
+    assert "made with vae_sha256" in refused()
+    vae.encoder.conv_in.bias.data[0] -= 1e-3
+    vae = tiny_vae(tmp_path)
+    (data / "china").rename(data / "china2")
+    assert "made with classes china, not china2" in refused()
+    (data / "china2").rename(data / "china")
+    (data / "china" / "00.png").rename(data / "china" / "000.png")
+    assert "made with files_sha256" in refused()
+    (data / "china" / "000.png").unlink()
+    assert "made with count 48, not 47" in refused()
+    shutil.copy(photo_folder / "china" / "00.png", data / "china" / "00.png")
+    models.Latents(cache, images, vae, "tiny", (4, 8, 8))
+
+    for broken in before[:-1], before[:100], b"":
+        (cache / "latents.npy").write_bytes(broken)
+        assert "latents.npy is missing, truncated" in refused()
+    (cache / "latents.npy").unlink()
+    assert "latents.npy is missing, truncated" in refused()
+    (cache / "latents.npy").write_bytes(before)
+    for text in "", "[1]", '{"complete": true}', '{"vae": "x"}':
+        (cache / "latents.json").write_text(text)
+        assert "latents.json is not of this project" in refused()
+    (cache / "latents.json").unlink()
+    assert "has files in it that are no latents" in refused()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "0.0 GB are to be written, and 0.0 are free" in refused(folder=tmp_path / "new" / "er")
+    assert not (tmp_path / "new").exists()
+
+
+def test_latents_refused_by_the_script(tmp_path):
+    image_folder(tmp_path / "images")
+    tiny_vae(tmp_path)
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    assert f"--latents {cache}" in error_of(train_sit_mg.main, *TINY, "--latents", cache, "--out", out)
+    flags = [*TINY[:4], "--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 16, "--eval-samples", 0, "--steps", 1,
+             "--latents", cache, "--out", out]
+    assert f"--latents {cache}" in error_of(train_sit_mg.main, *flags, "--vae", "none")
+    flags += ["--vae", tmp_path / "vae"]
+    assert "no latents" in error_of(train_sit_mg.main, *flags, "--latents", tmp_path / "images") and not out.exists()
+    whole = (tmp_path / "images" / "dog" / "3.png").read_bytes()
+    (tmp_path / "images" / "dog" / "3.png").write_bytes(b"broken")
+    for workers in 0, 2:
+        error = error_of(train_sit_mg.main, *flags, "--workers", workers)
+        assert "3.png: unreadable image" in error and "Traceback" not in error
+    (tmp_path / "images" / "dog" / "3.png").write_bytes(whole)
+    train("SiT", out, *flags, "--workers", 0)
+    assert len(losses(out)) == 1
 
 
 # ---------------------------------------------------------------- fid.py: metrics against closed forms, scipy and loops
