@@ -263,7 +263,7 @@ class Latents(Dataset):
         while not near.exists():
             near = near.parent
         if not self.complete and size > shutil.disk_usage(near).free:
-            raise ValueError(f"--latents {folder}: {size / 1e9:.1f} GB are to be written, and {shutil.disk_usage(near).free / 1e9:.1f} "
+            raise ValueError(f"--latents {folder}: {size / 1e9:.3g} GB are to be written, and {shutil.disk_usage(near).free / 1e9:.3g} "
                              f"are free there; give a folder on another disk, or leave it out")
 
     def compare(self):
@@ -300,12 +300,17 @@ class Latents(Dataset):
         """
         if self.complete:
             return
-        rank, world, barrier = 0, 1, lambda: None
-        if dist.is_initialized():  # the usual group would give up on the slowest process after ten minutes
-            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(weeks=4))
-            rank, world, barrier = dist.get_rank(), dist.get_world_size(), lambda: dist.barrier(group)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # the usual group would give up on the slowest process after ten minutes; gloo sees at once that one has ended
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(weeks=4)) if dist.is_initialized() else None
+
+        def barrier():
+            try:
+                if group:
+                    dist.barrier(group)
+            except RuntimeError:
+                raise ValueError(f"--latents {self.folder}: another process has ended; the same command again goes on") from None
         done, file, count = self.folder / "done", self.folder / "latents.npy", len(images)
-        header = {"descr": "<f2", "fortran_order": False, "shape": tuple(self.header["shape"])}
         barrier()  # every process has looked into the folder
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -313,18 +318,18 @@ class Latents(Dataset):
             if not file.exists():
                 shutil.rmtree(done, ignore_errors=True)
                 with atomic(file) as f:
-                    np.lib.format.write_array_header_1_0(f, header)
-                    f.truncate(f.tell() + math.prod(header["shape"]) * 2)
+                    np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": tuple(self.header["shape"])})
+                    f.truncate(f.tell() + math.prod(self.header["shape"]) * 2)  # holes, until they are written
             done.mkdir(exist_ok=True)
         barrier()
         start, marks = self.open().offset, {int(name) for name in os.listdir(done)}
         chunks = {k: range(k * self.CHUNK, min((k + 1) * self.CHUNK, count)) for k in range(-(-count // self.CHUNK))}
         todo = [k for k in chunks if k not in marks and k % world == rank]
         data = DataLoader(images, batch_sampler=[chunks[k] for k in todo], num_workers=workers, pin_memory=vae.device.type == "cuda")
-        with (tqdm(total=count, initial=sum(len(chunks[k]) for k in marks), desc=f"latents into {self.folder}", unit="img",
-                   disable=rank > 0) as bar,
-              os.fdopen(os.open(file, os.O_WRONLY), "wb") as f):  # written, not mapped: a full disk is then an error, not a signal
-            try:
+        bar = tqdm(total=count, initial=sum(len(chunks[k]) for k in marks), desc=f"latents into {self.folder}", unit="img",
+                   disable=rank > 0)
+        try:  # written, not mapped: a full disk is then an error and not a signal
+            with bar, os.fdopen(os.open(file, os.O_WRONLY), "wb") as f:
                 for k, (x, _) in zip(todo, data, strict=True):
                     x = x.to(vae.device, non_blocking=True).float() / 127.5 - 1
                     both = torch.stack([torch.stack(encode(vae, v), 1) for v in (x, x.flip(-1))], 1)      # (N, 2, 2, c, h, w)
@@ -334,8 +339,10 @@ class Latents(Dataset):
                     os.fsync(f.fileno())
                     (done / str(k)).touch()  # not before the numbers are on the disk
                     bar.update(min(len(x) * world, count - bar.n))
-            except (ValueError, OSError) as e:  # a worker's error has its traceback in it
-                raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        except ValueError as e:  # of an image; a worker's has its traceback in it
+            raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        except OSError as e:
+            raise ValueError(f"--latents {self.folder}: {e}; the same command again goes on") from None
         barrier()
         self.complete = True
         if rank == 0:

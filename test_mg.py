@@ -997,25 +997,32 @@ def photo_folder(tmp_path_factory):
 
 def cached(folder, data, vae, size=16, workers=0):
     """A cache of latents of `data`, filled by this process: (models.Latents, the images)."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
     images = fid.real_images(str(data), size)
     latents = models.Latents(folder, images, vae, "tiny", (4, size // 2, size // 2))
     latents.fill(images, vae, workers)
     return latents, images
 
 
-def in_processes(world, function, tmp_path):
-    """function() in `world` forks of this process that are ranks of a gloo group -> their exit codes."""
-    import torch.multiprocessing as mp
+def in_processes(world, function):
+    """function() in `world` forks of this process, with the variables that torchrun sets -> their exit codes."""
+    import multiprocessing
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
 
     def rank_main(rank):
-        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
         function()
-    store = tmp_path / f"store{time.perf_counter_ns()}"
-    processes = [mp.get_context("fork").Process(target=rank_main, args=(rank,)) for rank in range(world)]
+    processes = [multiprocessing.get_context("fork").Process(target=rank_main, args=(rank,)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
+        process.kill()
     return [process.exitcode for process in processes]
 
 
@@ -1041,7 +1048,7 @@ def test_latents_are_what_encode_gives(photo_folder, tmp_path):
 
 
 def test_latents_train_as_online_encoding_does(photo_folder, tmp_path, monkeypatch):
-    """The same draws, so the same losses up to float16. With the flips left out they'd differ by far more."""
+    """The same draws, so the same losses up to float16, with 2 processes too. With the flips left out they'd differ by far more."""
     tiny_vae(tmp_path)
     flags = ["--data", photo_folder, "--model", "SiT-T/2", "--image-size", 16, "--workers", 0, "--eval-samples", 0,
              "--vae", tmp_path / "vae", "--lr", 3e-3, "--steps", 8]
@@ -1055,6 +1062,9 @@ def test_latents_train_as_online_encoding_does(photo_folder, tmp_path, monkeypat
     assert len(online) == 8 and np.array_equal(first, again)
     off = np.abs(first - online).max()
     assert 0 < off < 1e-4
+    assert in_processes(2, lambda: train("SiT", tmp_path / "two", *flags, "--latents", tmp_path / "cache2")) == [0, 0]
+    assert np.allclose(losses(tmp_path / "two"), first, rtol=0, atol=1e-5)
+    assert (tmp_path / "cache2" / "latents.npy").read_bytes() == (tmp_path / "cache" / "latents.npy").read_bytes()
     real_item = models.Latents.__getitem__
     monkeypatch.setattr(models.Latents, "__getitem__", lambda self, index: (
         real_item(self, index)[0][:, :1].expand(-1, 2, -1, -1, -1, -1), real_item(self, index)[1]))
@@ -1075,7 +1085,7 @@ def test_latents_killed_and_gone_on_with(photo_folder, tmp_path, monkeypatch):
         calls.append(len(x))
         return real(vae, x) if len(calls) < 6 else os.kill(os.getpid(), 9)
     monkeypatch.setattr(models, "encode", dies)
-    assert in_processes(1, lambda: cached(tmp_path / "cache", photo_folder, vae), tmp_path) == [-9]
+    assert in_processes(1, lambda: cached(tmp_path / "cache", photo_folder, vae)) == [-9]
     assert {p.name for p in (tmp_path / "cache" / "done").iterdir()} == {"0", "1"}
     with open(tmp_path / "cache" / "latents.npy", "r+b") as f:
         f.seek(128 + 20 * whole.open()[0].nbytes)
@@ -1095,26 +1105,13 @@ def test_latents_are_the_same_for_1_2_and_4_processes(photo_folder, tmp_path, mo
     vae = tiny_vae(tmp_path)
     cached(tmp_path / "1", photo_folder, vae)
     for world in 2, 4:
-        assert in_processes(world, lambda world=world: cached(tmp_path / str(world), photo_folder, vae), tmp_path) == [0] * world
+        assert in_processes(world, lambda world=world: cached(tmp_path / str(world), photo_folder, vae)) == [0] * world
         for name in "latents.npy", "latents.json":
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / str(world) / name).read_bytes()
         assert not (tmp_path / str(world) / "done").exists()
     image_folder(tmp_path / "images")
     (tmp_path / "images" / "dog" / "5.png").write_bytes(b"broken")  # in chunk 1, of process 1
-    assert 0 not in in_processes(2, lambda: cached(tmp_path / "broken", tmp_path / "images", vae), tmp_path)
-
-
-def test_latents_under_torchrun(photo_folder, tmp_path):
-    """The script with 2 processes writes the cache that it writes alone, and trains from it as it does alone."""
-    tiny_vae(tmp_path)
-    flags = ["--data", photo_folder, "--model", "SiT-T/2", "--image-size", 16, "--workers", 1, "--eval-samples", 0,
-             "--vae", tmp_path / "vae", "--steps", 3]
-    train("SiT", tmp_path / "one", *flags, "--latents", tmp_path / "cache")
-    status, _, err = run("train_sit_mg.py", *TINY, *flags, "--latents", tmp_path / "cache2", "--out", tmp_path / "two", processes=2)
-    assert status == 0, err
-    assert "latents into" in err and "48/48" in err
-    assert (tmp_path / "cache" / "latents.npy").read_bytes() == (tmp_path / "cache2" / "latents.npy").read_bytes()
-    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-5)
+    assert 0 not in in_processes(2, lambda: cached(tmp_path / "broken", tmp_path / "images", vae))
 
 
 def test_latents_of_something_else_are_refused(photo_folder, tmp_path, monkeypatch):
@@ -1163,7 +1160,7 @@ def test_latents_of_something_else_are_refused(photo_folder, tmp_path, monkeypat
     (cache / "latents.json").unlink()
     assert "has files in it that are no latents" in refused()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert "0.0 GB are to be written, and 0.0 are free" in refused(folder=tmp_path / "new" / "er")
+    assert "4.92e-05 GB are to be written, and 1e-06 are free" in refused(folder=tmp_path / "new" / "er")
     assert not (tmp_path / "new").exists()
 
 
