@@ -980,19 +980,36 @@ def test_training_on_a_folder_through_a_vae(tmp_path):
     assert load_checkpoint(tmp_path / "pixels" / "ckpt.pt")[0].in_channels == 3
 
 
-@pytest.fixture(scope="session")
-def photo_folder(tmp_path_factory):
-    """Class folders with 24 tiles of 64x64 pixels from each of scikit-learn's two photographs: (folder / china, folder / flower)."""
+def photo_tiles(folder, size, count=24):
+    """Class folders of tiles, size x size pixels, of scikit-learn's two photographs: (folder / china, folder / flower)."""
     from PIL import Image
     from sklearn.datasets import load_sample_image
-    folder = tmp_path_factory.mktemp("photos")
     for name in "china", "flower":
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
         photo = load_sample_image(f"{name}.jpg")                                                   # (427, 640, 3) uint8
-        for i in range(24):
-            top, left = 64 + i // 8 * 96, i % 8 * 72
-            Image.fromarray(photo[top:top + 64, left:left + 64]).save(folder / name / f"{i:02}.png")
+        for i in range(count):
+            top, left = i // 8 * (427 - size) // (-(-count // 8) - 1), i % 8 * (640 - size) // 7
+            Image.fromarray(photo[top:top + size, left:left + size]).save(folder / name / f"{i:02}.png")
     return folder
+
+
+def photo_tiles(folder, size, count=24):
+    """Class folders of tiles, size x size pixels, of scikit-learn's two photographs: (folder / china, folder / flower)."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+    for name in "china", "flower":
+        (folder / name).mkdir(parents=True)
+        photo = load_sample_image(f"{name}.jpg")                                                   # (427, 640, 3) uint8
+        for i in range(count):
+            top, left = i // 8 * (427 - size) // (-(-count // 8) - 1), i % 8 * (640 - size) // 7
+            Image.fromarray(photo[top:top + size, left:left + size]).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """48 real pictures of 64x64 pixels in two class folders."""
+    return photo_tiles(tmp_path_factory.mktemp("photos"), 64)
 
 
 def cached(folder, data, vae, size=16, workers=0):
@@ -1160,7 +1177,7 @@ def test_latents_of_something_else_are_refused(photo_folder, tmp_path, monkeypat
     (cache / "latents.json").unlink()
     assert "has files in it that are no latents" in refused()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert "4.92e-05 GB are to be written, and 1e-06 are free" in refused(folder=tmp_path / "new" / "er")
+    assert "9.83e-05 GB are to be written, and 1e-06 are free" in refused(folder=tmp_path / "new" / "er")
     assert not (tmp_path / "new").exists()
 
 
@@ -1890,6 +1907,77 @@ def bench_fid(folder):
     print(f"Precision and recall, 10,000 x 10,000 x 2048: {seconds:.1f} s, {memory:.0f} MB beside the features")
 
 
+def bench_latents(folder):
+    """Loading cached latents, and training from them against encoding in every step; pictures of 256x256 pixels."""
+    from diffusers import AutoencoderKL
+    from torch.utils.data import DataLoader
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def gflops(f):  # multiply-adds
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            f()
+        return counter.get_total_flops() / 2e9
+
+    def autoencoder(widths, layers):
+        return AutoencoderKL(block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=layers,
+                             up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4).eval().requires_grad_(False)
+    with torch.device("meta"):
+        sd, b2 = autoencoder((128, 256, 512, 512), 2), create_model("SiT-B/2", input_size=32, in_channels=4, num_classes=1000)
+    encoder = gflops(lambda: sd.encode(torch.empty(1, 3, 256, 256)))
+    forward = gflops(lambda: b2(torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.int64)))
+    print(f"\nSD's VAE encodes an image in {encoder:.0f} GFLOPs; a B/2 step of plain SiT has {3 * forward:.0f} an image, with MG "
+          f"{(3 + 2 * 0.9) * forward:.0f}")
+
+    vae, images = autoencoder((32, 32, 64, 64), 1), fid.real_images(str(photo_tiles(Path(folder) / "tiles", 256)), 256)
+    many = copy.copy(images)
+    many.images, many.labels = images.images * 100, images.labels * 100
+    latents = models.Latents(Path(folder) / "large", many, vae, "small", (4, 32, 32))
+    (Path(folder) / "large").mkdir()
+    np.save(latents.folder / "latents.npy", np.random.default_rng(0).integers(0, 2 ** 15, latents.header["shape"], np.int16
+                                                                               ).view(np.float16))
+    os.sync()
+    for workers in 0, 2:
+        for where in "memory", "disk":
+            rates = []
+            for _ in range(3):
+                if where == "disk":
+                    with open(latents.folder / "latents.npy", "rb") as f:
+                        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                data = iter(DataLoader(latents, sampler=train_sit_mg.sampler(len(many), 256, 256, 0, 0, 1, 0), batch_size=None,
+                                       num_workers=workers))
+                next(data)
+                start = time.perf_counter()
+                for _ in range(15):
+                    next(data)
+                rates.append(15 * 256 / (time.perf_counter() - start))
+            rate, size = float(np.median(rates)), latents.open()[0].nbytes
+            print(f"cached latents from {where}, {workers} workers: {rate:.0f} images/s, {rate * size / 1e6:.0f} MB/s")
+    need = 400e12 / (3 * forward * 2e9)
+    print(f"needed by plain SiT-B/2 on a GPU that gives 400 TFLOP/s: {need:.0f} images/s, {need * size / 1e6:.0f} MB/s")
+
+    latents = models.Latents(Path(folder) / "small", images, vae, "small", (4, 32, 32))
+    latents.fill(images, vae, 0)
+    for name, n in ("SiT-T/2", 16), ("SiT-S/2", 4):
+        model = random_model(name, 32, 4).train()
+        ema, optimizer = copy.deepcopy(model).requires_grad_(False), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step(cached, model=model, ema=ema, optimizer=optimizer, n=n):
+            index = torch.randint(len(images), (n,)).tolist()
+            if cached:
+                x, y = latents[index]
+                mean, std = x[:, 0].float().unbind(1)
+            else:
+                x, y = torch.utils.data.default_collate([images[i] for i in index])
+                mean, std = models.encode(vae, x.float() / 127.5 - 1)
+            train_sit_mg.mg_loss(model, ema, mean + std * torch.randn_like(mean), y, 1.5).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        got, seconds = ratios({"cache": lambda: step(True), "online": lambda: step(False)}, 7)
+        print(f"training {name}, batch {n}: {n / seconds:.1f} images/s from cached latents, {got['online']:.2f} times those of encoding "
+              f"in the step (a VAE of {sum(p.numel() for p in vae.encoder.parameters()) / 1e6:.1f} M, "
+              f"{gflops(lambda: copy.deepcopy(vae).to('meta').encode(torch.empty(1, 3, 256, 256))):.1f} GFLOPs)")
+
+
 def bench():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of ratios, taken in alternation\n")
     print("| one training step, time over plain's | plain, ms | ema | ema, t_max .75 | online | online, t_max .75 | 4 labels |")
@@ -1908,6 +1996,7 @@ def bench():
 
     with tempfile.TemporaryDirectory() as folder:
         bench_fid(folder)
+        bench_latents(folder)
 
 
 if __name__ == "__main__":
