@@ -4,16 +4,24 @@
 """
 import argparse
 import contextlib
+import datetime
+import hashlib
+import itertools
 import json
 import math
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 # depth, width, heads (DiT, Table 1; T is ours, for scikit-learn's 8x8 digits)
 SIZES = {"T": (4, 64, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -226,7 +234,9 @@ def grid_posterior(x_t, y, a, s):
     """
     x_t = x_t.double()[..., None]                                                                  # (N, 2, 1)
     z = (a * EDGES - x_t) / s                                                                      # (N, 2, 5)
-    mass = torch.special.ndtr(z).diff()                                                            # (N, 2, 4)
+    tail = torch.special.erfc(z.abs() / 2 ** 0.5) / 2  # of the normal distribution, beyond |z|: no 1 - 1 far out
+    low, high = z[..., :-1], z[..., 1:]
+    mass = torch.where((low < 0) & (high > 0), 1 - tail[..., 1:] - tail[..., :-1], tail.diff().abs())  # (N, 2, 4)
     first = (x_t * mass - s * (-z.square() / 2).exp().diff() / math.sqrt(2 * math.pi)) / a         # of x_0, times mass
     cells = grid_cells(y).double()                                                                 # (N, 4, 4)
     total, *mean = (torch.einsum("nij,ni,nj->n", cells, f, g) for f, g in (
@@ -278,6 +288,138 @@ def encode(vae, images):
 def decode(vae, latents):
     """Scaled latents (N, c, h, w) -> images (N, 3, H, W), about [-1, 1]."""
     return vae.decode(latents / vae.config.scaling_factor).sample
+
+
+class Latents(Dataset):
+    """A folder with mean and std of every image's scaled latents, plain and flipped: encoded once, then trained from.
+
+    ds[[i, ...]] -> (float16 (N, 2 plain or flipped, 2 mean or std, c, h, w), int64 labels (N,)), once fill() has been called.
+    In it: latents.json, what the numbers depend on; latents.npy, the numbers; and, until all are there, done/, a file a chunk.
+
+    images: fid.real_images of a folder; vae, name: the VAE and what the user calls it; shape: (c, h, w). Writes nothing.
+    ValueError of one line for a folder that was made otherwise, isn't whole, isn't a cache, or doesn't fit on the disk.
+    """
+    CHUNK = 32  # images encoded together, by whichever process: the bytes depend on the images alone
+
+    def __init__(self, folder, images, vae, name, shape):
+        self.folder, self.labels, self.complete = Path(folder), torch.tensor(images.labels), False
+        weights, files = hashlib.sha256(), hashlib.sha256()
+        for key, value in vae.state_dict().items():
+            weights.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        for path in images.images:  # their names: to look into 1.28 million files takes too long
+            files.update(os.fsencode(path[len(images.data):].lstrip(os.sep)) + b"\0")
+        self.header = {"vae": name, "vae_sha256": weights.hexdigest(), "scale": vae.config.scaling_factor, "size": images.size,
+                       "crop": "ADM's, centre", "flips": "plain, flipped", "values": "mean, std", "dtype": "float16",
+                       "count": len(images), "shape": [len(images), 2, 2, *shape], "classes": images.classes,
+                       "files_sha256": files.hexdigest()}
+        there = os.listdir(folder) if self.folder.exists() else []
+        if "latents.json" in there:
+            self.compare()
+        elif set(there) - {"latents.json.tmp"}:
+            raise ValueError(f"--latents {folder}: has files in it that are no latents; give a new or empty folder")
+        if self.complete or "latents.npy" in there:
+            self.open()
+        size, near = math.prod(self.header["shape"]) * 2, self.folder.absolute()
+        if "latents.npy" in there:
+            size -= (self.folder / "latents.npy").stat().st_blocks * 512  # of a file with holes, what isn't one
+        while not near.exists():
+            near = near.parent
+        if not self.complete and size > shutil.disk_usage(near).free:
+            raise ValueError(f"--latents {folder}: {size / 1e9:.3g} GB are to be written, and {shutil.disk_usage(near).free / 1e9:.3g} "
+                             f"are free there; give a folder on another disk, or leave it out")
+
+    def compare(self):
+        """ValueError naming both values where latents.json and this run differ."""
+        try:
+            there = json.loads((self.folder / "latents.json").read_text())
+            self.complete = there["complete"]
+            for key, here in self.header.items():
+                if key == "vae" and there["vae_sha256"] == self.header["vae_sha256"]:
+                    continue  # the same by another name
+                if there[key] != here:
+                    made, given = there[key], here
+                    if isinstance(here, list):
+                        made, given = next(pair for pair in itertools.zip_longest(made, here) if pair[0] != pair[1])
+                    raise ValueError(f"--latents {self.folder} was made with {key} {made}, not {given}: "
+                                     f"give another folder, or delete it")
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError(f"--latents {self.folder}: its latents.json is not of this project; give another folder") from None
+
+    def open(self):
+        """latents.npy, memory-mapped. ValueError if it isn't whole."""
+        try:
+            latents = np.load(self.folder / "latents.npy", mmap_mode="r")
+            if [*latents.shape] == self.header["shape"] and latents.dtype == np.float16:
+                return latents
+        except (OSError, ValueError, EOFError):
+            pass
+        raise ValueError(f"--latents {self.folder}: its latents.npy is missing, truncated or another's; delete the folder")
+
+    def fill(self, images, vae, workers):
+        """Encodes what isn't there yet, chunk k in process k % world. Stopped at any moment, it goes on where it was.
+
+        All processes call it; it returns when the last one is through. ValueError, in one of them, for an unreadable image.
+        """
+        if self.complete:
+            return
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # the usual group would give up on the slowest process after ten minutes; gloo sees at once that one has ended
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(weeks=4)) if dist.is_initialized() else None
+
+        def barrier():
+            try:
+                if group:
+                    dist.barrier(group)
+            except RuntimeError:
+                raise ValueError(f"--latents {self.folder}: another process has ended; the same command again goes on") from None
+        done, file, count = self.folder / "done", self.folder / "latents.npy", len(images)
+        barrier()  # every process has looked into the folder
+        if rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.write_header()
+            if not file.exists():
+                shutil.rmtree(done, ignore_errors=True)
+                with atomic(file) as f:
+                    np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": tuple(self.header["shape"])})
+                    f.truncate(f.tell() + math.prod(self.header["shape"]) * 2)  # holes, until they are written
+            done.mkdir(exist_ok=True)
+        barrier()
+        start, marks = self.open().offset, {int(name) for name in os.listdir(done)}
+        chunks = {k: range(k * self.CHUNK, min((k + 1) * self.CHUNK, count)) for k in range(-(-count // self.CHUNK))}
+        todo = [k for k in chunks if k not in marks and k % world == rank]
+        data = DataLoader(images, batch_sampler=[chunks[k] for k in todo], num_workers=workers, pin_memory=vae.device.type == "cuda")
+        bar = tqdm(total=count, initial=sum(len(chunks[k]) for k in marks), desc=f"latents into {self.folder}", unit="img",
+                   disable=rank > 0)
+        try:  # written, not mapped: a full disk is then an error and not a signal
+            with bar, os.fdopen(os.open(file, os.O_WRONLY), "wb") as f:
+                for k, (x, _) in zip(todo, data, strict=True):
+                    x = x.to(vae.device, non_blocking=True).float() / 127.5 - 1
+                    both = torch.stack([torch.stack(encode(vae, v), 1) for v in (x, x.flip(-1))], 1)      # (N, 2, 2, c, h, w)
+                    f.seek(start + chunks[k].start * both[0].numel() * 2)
+                    f.write(both.half().cpu().numpy().tobytes())
+                    f.flush()
+                    os.fsync(f.fileno())
+                    (done / str(k)).touch()  # not before the numbers are on the disk
+                    bar.update(min(len(x) * world, count - bar.n))
+        except ValueError as e:  # of an image; a worker's has its traceback in it
+            raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        except OSError as e:
+            raise ValueError(f"--latents {self.folder}: {e}; the same command again goes on") from None
+        barrier()
+        self.complete = True
+        if rank == 0:
+            self.write_header()
+            shutil.rmtree(done)
+
+    def write_header(self):
+        with atomic(self.folder / "latents.json") as f:
+            f.write((json.dumps(self.header | {"complete": self.complete}, indent=1) + "\n").encode())
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.open()[index]), self.labels[index]  # opened here: workers get a path, not 42 GB
 
 
 # ---------------------------------------------------------------- checkpoints

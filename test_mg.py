@@ -59,7 +59,7 @@ def error_of(main, *argv):
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(text):
         main([str(a) for a in argv])
     assert end.value.code == 2
-    lines = [line for line in text.getvalue().strip().splitlines() if line.strip() and "step/s" not in line]
+    lines = [line for line in text.getvalue().strip().splitlines() if line.strip() and not re.search("(step|img)/s", line)]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -991,6 +991,223 @@ def test_training_on_a_folder_through_a_vae(tmp_path):
     assert load_checkpoint(tmp_path / "pixels" / "ckpt.pt")[0].in_channels == 3
 
 
+def photo_tiles(folder, size, count=24):
+    """Class folders of tiles, size x size pixels, of scikit-learn's two photographs: (folder / china, folder / flower)."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+    for name in "china", "flower":
+        (folder / name).mkdir(parents=True)
+        photo = load_sample_image(f"{name}.jpg")                                                   # (427, 640, 3) uint8
+        for i in range(count):
+            top, left = i // 8 * (427 - size) // (-(-count // 8) - 1), i % 8 * (640 - size) // 7
+            Image.fromarray(photo[top:top + size, left:left + size]).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """48 real pictures of 64x64 pixels in two class folders."""
+    return photo_tiles(tmp_path_factory.mktemp("photos"), 64)
+
+
+def cached(folder, data, vae, size=16, workers=0):
+    """A cache of latents of `data`, filled by this process: (models.Latents, the images)."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    images = fid.real_images(str(data), size)
+    latents = models.Latents(folder, images, vae, "tiny", (4, size // 2, size // 2))
+    latents.fill(images, vae, workers)
+    return latents, images
+
+
+def in_processes(world, function):
+    """function() in `world` forks of this process, with the variables that torchrun sets -> their exit codes."""
+    import multiprocessing
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def rank_main(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+        function()
+    processes = [multiprocessing.get_context("fork").Process(target=rank_main, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def test_latents_are_what_encode_gives(photo_folder, tmp_path):
+    """Mean and std, plain and flipped, of every image, to float16's 11 bits; also through workers, and by any index."""
+    vae = tiny_vae(tmp_path)
+    latents, images = cached(tmp_path / "cache", photo_folder, vae, workers=2)
+    x = torch.stack([image for image, _ in images]) / 127.5 - 1
+    got, labels = latents[list(range(48))]
+    assert got.dtype == torch.float16 and got.shape == (48, 2, 2, 4, 8, 8) and labels.tolist() == images.labels
+    for flipped, pixels in enumerate((x, x.flip(-1))):
+        for i, wanted in enumerate(models.encode(vae, pixels)):
+            torch.testing.assert_close(got[:, flipped, i].float(), wanted, rtol=2 ** -11, atol=1e-6)
+    assert (got[:, 1] - got[:, 0].flip(-1)).abs().max() > 0.01  # the VAE isn't symmetric: a flip of latents wouldn't do
+    some, labels = latents[[40, 3, 40]]
+    assert torch.equal(some, got[[40, 3, 40]]) and labels.tolist() == [1, 0, 1]
+    header = json.loads((tmp_path / "cache" / "latents.json").read_text())
+    assert {"vae": "tiny", "scale": 0.3, "size": 16, "dtype": "float16", "count": 48, "classes": ["china", "flower"],
+            "complete": True}.items() <= header.items() and "flipped" in header["flips"] and "centre" in header["crop"]
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == {"latents.json", "latents.npy"}
+    import pickle
+    assert len(pickle.dumps(latents)) < 10_000  # what a worker is given
+
+
+def test_latents_train_as_online_encoding_does(photo_folder, tmp_path, monkeypatch):
+    """The same draws, so the same losses up to float16, with 2 processes too. Without flips or std they'd differ by far more."""
+    tiny_vae(tmp_path)
+    flags = ["--data", photo_folder, "--model", "SiT-T/2", "--image-size", 16, "--workers", 0, "--eval-samples", 0,
+             "--vae", tmp_path / "vae", "--lr", 3e-3, "--steps", 8]
+    train("SiT", tmp_path / "online", *flags)
+    train("SiT", tmp_path / "first", *flags, "--latents", tmp_path / "cache")
+    online, first = (np.array(losses(tmp_path / name)) for name in ("online", "first"))
+    assert len(online) == 8
+    off = np.abs(first - online).max()
+    assert 0 < off < 1e-4
+    assert in_processes(2, lambda: train("SiT", tmp_path / "two", *flags, "--latents", tmp_path / "cache2")) == [0, 0]
+    assert np.allclose(losses(tmp_path / "two"), first, rtol=0, atol=1e-5)
+    assert (tmp_path / "cache2" / "latents.npy").read_bytes() == (tmp_path / "cache" / "latents.npy").read_bytes()
+    encoded, real, real_item = [], models.encode, models.Latents.__getitem__
+    monkeypatch.setattr(models, "encode", lambda vae, x: encoded.append(len(x)) or real(vae, x))
+    for name, edit in ("plain", lambda x: x[:, :1].expand_as(x)), ("mean", lambda x: x * torch.tensor([1, 0]).view(-1, 1, 1, 1)):
+        monkeypatch.setattr(models.Latents, "__getitem__", lambda self, index, edit=edit: (
+            edit(real_item(self, index)[0]), real_item(self, index)[1]))
+        train("SiT", tmp_path / name, *flags, "--latents", tmp_path / "cache", "--steps", 3)
+        assert np.abs(np.array(losses(tmp_path / name)) - online[:3]).max() > 20 * off
+    assert encoded == [1, 1]  # no more than the image that says what shape latents have
+    monkeypatch.undo()
+    sample.main([str(tmp_path / "first" / "ckpt.pt"), "--labels", "1", "--num", "1", "--steps", "2", "--out", str(tmp_path / "x.png")])
+    assert "holds a run with latents" in error_of(train_sit_mg.main, *TINY, *flags, "--out", tmp_path / "first")
+
+
+def test_latents_killed_and_gone_on_with(photo_folder, tmp_path, monkeypatch):
+    """kill -9 in the third of six chunks, and a torn write where it was: the rest is encoded, and the bytes are the same."""
+    monkeypatch.setattr(models.Latents, "CHUNK", 8)
+    vae, real, calls = tiny_vae(tmp_path), models.encode, []
+    whole, _ = cached(tmp_path / "whole", photo_folder, vae)
+
+    def dies(vae, x):
+        calls.append(len(x))
+        return real(vae, x) if len(calls) < 6 else os.kill(os.getpid(), 9)
+    monkeypatch.setattr(models, "encode", dies)
+    assert in_processes(1, lambda: cached(tmp_path / "cache", photo_folder, vae)) == [-9]
+    assert {p.name for p in (tmp_path / "cache" / "done").iterdir()} == {"0", "1"}
+    with open(tmp_path / "cache" / "latents.npy", "r+b") as f:
+        f.seek(128 + 20 * whole.open()[0].nbytes)
+        f.write(b"half a chunk")
+    monkeypatch.setattr(models, "encode", lambda vae, x: calls.append(len(x)) or real(vae, x))
+    cached(tmp_path / "cache", photo_folder, vae)
+    assert calls == [8] * 2 * 4
+    for name in "latents.npy", "latents.json":
+        assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    cached(tmp_path / "cache", photo_folder, vae)
+    assert len(calls) == 8
+
+
+def test_latents_are_the_same_for_1_2_and_4_processes(photo_folder, tmp_path, monkeypatch):
+    """And one of them that can't go on ends the others, though they'd wait for weeks."""
+    monkeypatch.setattr(models.Latents, "CHUNK", 10)  # the last chunk has 8
+    vae, real = tiny_vae(tmp_path), models.encode
+    cached(tmp_path / "1", photo_folder, vae)
+
+    def counted(vae, x):
+        with open(tmp_path / "calls", "a") as f:
+            f.write(f"{len(x)} ")
+        return real(vae, x)
+    monkeypatch.setattr(models, "encode", counted)
+    for world in 2, 4:
+        assert in_processes(world, lambda world=world: cached(tmp_path / str(world), photo_folder, vae)) == [0] * world
+        for name in "latents.npy", "latents.json":
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / str(world) / name).read_bytes()
+        assert not (tmp_path / str(world) / "done").exists()
+    assert sorted((tmp_path / "calls").read_text().split()) == ["10"] * 16 + ["8"] * 4  # 2 x 5 chunks, plain and flipped, once each
+    image_folder(tmp_path / "images")
+    (tmp_path / "images" / "dog" / "5.png").write_bytes(b"broken")  # in chunk 1, of process 1
+    assert 0 not in in_processes(2, lambda: cached(tmp_path / "broken", tmp_path / "images", vae))
+
+
+def test_latents_of_something_else_are_refused(photo_folder, tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+    vae, data, cache = tiny_vae(tmp_path), tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(photo_folder, data)
+    _, images = cached(cache, data, vae)
+    before = (cache / "latents.npy").read_bytes()
+
+    def refused(folder=cache, name="tiny", size=16, vae=vae):
+        with pytest.raises(ValueError) as error:
+            models.Latents(folder, fid.real_images(str(data), size), vae, name, (4, size // 2, size // 2))
+        assert str(error.value).startswith(f"--latents {folder}") and "\n" not in str(error.value)
+        return str(error.value)
+    models.Latents(cache, images, vae, "by another name", (4, 8, 8))
+    models.Latents(cache, fid.real_images(f"{data}/", 16), vae, "tiny", (4, 8, 8))
+    assert "made with size 16, not 32" in refused(size=32)
+    vae.register_to_config(scaling_factor=0.5)
+    assert "made with scale 0.3, not 0.5" in refused()
+    vae.register_to_config(scaling_factor=0.3)
+    vae.encoder.conv_in.bias.data[0] += 1e-3
+    assert "made with vae tiny, not other" in refused(name="other")
+    assert "made with vae_sha256" in refused()
+    vae.encoder.conv_in.bias.data[0] -= 1e-3
+    vae = tiny_vae(tmp_path)
+    (data / "china").rename(data / "china2")
+    assert "made with classes china, not china2" in refused()
+    (data / "china2").rename(data / "china")
+    (data / "china" / "00.png").rename(data / "china" / "000.png")
+    assert "made with files_sha256" in refused()
+    (data / "china" / "000.png").unlink()
+    assert "made with count 48, not 47" in refused()
+    shutil.copy(photo_folder / "china" / "00.png", data / "china" / "00.png")
+    models.Latents(cache, images, vae, "tiny", (4, 8, 8))
+
+    for broken in before[:-1], before[:100], b"":
+        (cache / "latents.npy").write_bytes(broken)
+        assert "latents.npy is missing, truncated" in refused()
+    for other in np.zeros((48, 2, 2, 4, 8, 8), np.float32), np.zeros((49, 2, 2, 4, 8, 8), np.float16):
+        np.save(cache / "latents.npy", other)
+        assert "latents.npy is missing, truncated or another's" in refused()
+    (cache / "latents.npy").unlink()
+    assert "latents.npy is missing, truncated" in refused()
+    (cache / "latents.npy").write_bytes(before)
+    for text in "", "[1]", '{"complete": true}', '{"vae": "x"}':
+        (cache / "latents.json").write_text(text)
+        assert "latents.json is not of this project" in refused()
+    (cache / "latents.json").unlink()
+    assert "has files in it that are no latents" in refused()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "9.83e-05 GB are to be written, and 1e-06 are free" in refused(folder=tmp_path / "new" / "er")
+    assert not (tmp_path / "new").exists()
+
+
+def test_latents_refused_by_the_script(tmp_path):
+    image_folder(tmp_path / "images")
+    tiny_vae(tmp_path)
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    assert f"--latents {cache}" in error_of(train_sit_mg.main, *TINY, "--latents", cache, "--out", out)
+    flags = [*TINY[:4], "--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 16, "--eval-samples", 0, "--steps", 1,
+             "--latents", cache, "--out", out]
+    assert f"--latents {cache}" in error_of(train_sit_mg.main, *flags, "--vae", "none")
+    flags += ["--vae", tmp_path / "vae"]
+    assert "no latents" in error_of(train_sit_mg.main, *flags, "--latents", tmp_path / "images") and not out.exists()
+    whole = (tmp_path / "images" / "dog" / "3.png").read_bytes()
+    (tmp_path / "images" / "dog" / "3.png").write_bytes(b"broken")
+    for workers in 0, 2:
+        error = error_of(train_sit_mg.main, *flags, "--workers", workers)
+        assert "3.png: unreadable image" in error and "Traceback" not in error
+    (tmp_path / "images" / "dog" / "3.png").write_bytes(whole)
+    train("SiT", out, *flags, "--workers", 0)
+    assert len(losses(out)) == 1
+
+
 # ---------------------------------------------------------------- the 2-D grid of Fig. 2, and an automatic w
 
 class ExactGrid(nn.Module):
@@ -1051,21 +1268,24 @@ def test_samplers_on_the_exact_grid(kind):
     """With the exact network the points fill the cells of their class, and measured_scale finds the scale that is in it."""
     y = torch.arange(4000) % 2
     scores = models.grid_scores(draw(ExactGrid(kind), y, torch.arange(4000), steps=60).flatten(1), y)
-    assert scores["outliers"] < 0.03 and scores["coverage"] > 0.9
+    assert scores["outliers"] < 0.03 and scores["coverage"] > 0.85
     assert sample.choose_sampler(None, ExactGrid(kind)) == {"SiT": "euler", "DiT": "ddim"}[kind]
     assert sample.measured_scale(ExactGrid(kind, 1.7), ExactGrid(kind), 500) == pytest.approx(1.7, abs=1e-3)
 
 
-def test_eq_23_is_exact_only_where_the_posterior_is_flat():
-    """The mean over all labels against the exact unconditional velocity: right at t = 1, wrong by construction at small t."""
+def flat_mean_error(t):
+    """On the grid at noise time t, exactly: RMS of v(c) - v(empty), and of what the mean over all labels (Eq. 23) is off v(empty)."""
     x0, y = (x[:2000] for x in models.grid_data().tensors)
-    noise, net, off = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), ExactGrid("SiT"), {}
-    for t in (0.1, 0.4, 0.9):
-        x_t, times = (1 - t) * x0 + t * noise, torch.full((2000,), t)
-        exact, guidance = net(x_t, times, y * 0 + 2), net(x_t, times, y) - net(x_t, times, 1 - y)
-        mean = (net(x_t, times, y * 0) + net(x_t, times, y * 0 + 1)) / 2
-        off[t] = ((mean - exact).norm() / guidance.norm()).item()
-    assert off[0.9] < 0.02 < off[0.4] < off[0.1] and 0.4 < off[0.1] <= 0.5  # a posterior of (1, 0) in place of (1/2, 1/2)
+    noise, net = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), ExactGrid("SiT")
+    x_t, times = (1 - t) * x0 + t * noise, torch.full((2000,), t)
+    exact, own, other = (net(x_t, times, labels) for labels in (y * 0 + 2, y, 1 - y))
+    return (own - exact).square().mean().sqrt().item(), ((own + other) / 2 - exact).square().mean().sqrt().item()
+
+
+def test_eq_23_is_exact_only_where_the_posterior_is_flat():
+    """The mean over all labels against the exact unconditional velocity: right at large t, wrong by construction at small t."""
+    off = {t: error / needed for t in (0.1, 0.4, 0.9) for needed, error in [flat_mean_error(t)]}
+    assert off[0.9] < 0.02 and 0.2 < off[0.4] < 0.5 and off[0.1] > 2
 
 
 @pytest.mark.parametrize("kind", ["SiT", "DiT"])
@@ -1107,9 +1327,9 @@ def test_training_on_the_grid(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize(("rule", "scores", "expected"), [
     # probe: pairs of scores, as it is and with some CFG on top; a lower Frechet distance on top raises w, or else it falls
-    ("probe", [5, 4, 5, 4, 5, 6, 1], [1, 1.15, 1.27, 1.216]),
+    ("probe", [5, 4, 5, 4, 5, 6, 1], [1, 1.18, 1.324, 1.2592]),
     # paper: raised where the distance grew since the last evaluation; at the first there is nothing to compare with
-    ("paper", [5, 4, 6, 1], [1, 1, 1, 1.15])])
+    ("paper", [5, 4, 6, 1], [1, 1, 1, 1.18])])
 def test_automatic_w(rule, scores, expected, tmp_path, monkeypatch):
     """The sequence of w from a script of scores; each log row has the w that its steps were trained with."""
     script = iter(scores)
@@ -1844,6 +2064,81 @@ def bench_fid(folder):
     print(f"Precision and recall, 10,000 x 10,000 x 2048: {seconds:.1f} s, {memory:.0f} MB beside the features")
 
 
+def bench_latents(folder):
+    """Loading cached latents, and training from them against encoding in every step; pictures of 256x256 pixels."""
+    from diffusers import AutoencoderKL
+    from torch.utils.data import DataLoader
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def gflops(f):  # multiply-adds
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            f()
+        return counter.get_total_flops() / 2e9
+
+    def autoencoder(widths, layers):
+        return AutoencoderKL(block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=layers,
+                             up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4).eval().requires_grad_(False)
+    with torch.device("meta"):
+        sd, meta = autoencoder((128, 256, 512, 512), 2), autoencoder((32, 32, 64, 64), 1)
+        b2, tiny = (create_model(f"SiT-{size}/2", input_size=32, in_channels=4, num_classes=1000) for size in "BT")
+
+    def pass_of(model):
+        model(torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.int64))
+    encoder = gflops(lambda: sd.encode(torch.empty(1, 3, 256, 256)))
+    forward = gflops(lambda: pass_of(b2))
+    print(f"\nSD's VAE encodes an image in {encoder:.0f} GFLOPs; a B/2 step of plain SiT has {3 * forward:.0f} an image, with MG "
+          f"{(3 + 2 * 0.9) * forward:.0f}")
+
+    vae, images = autoencoder((32, 32, 64, 64), 1), fid.real_images(str(photo_tiles(Path(folder) / "tiles", 256, 16)), 256)
+    many = copy.copy(images)
+    many.images, many.labels = images.images * 150, images.labels * 150
+    latents = models.Latents(Path(folder) / "large", many, vae, "small", (4, 32, 32))
+    (Path(folder) / "large").mkdir()
+    np.save(latents.folder / "latents.npy", np.random.default_rng(0).integers(0, 2 ** 15, latents.header["shape"], np.int16
+                                                                               ).view(np.float16))
+    os.sync()
+    for workers in 0, 2:
+        for where in "memory", "disk":
+            rates = []
+            for _ in range(3):
+                if where == "disk":
+                    with open(latents.folder / "latents.npy", "rb") as f:
+                        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                data = iter(DataLoader(latents, sampler=train_sit_mg.sampler(len(many), 256, 256, 0, 0, 1, 0), batch_size=None,
+                                       num_workers=workers))
+                next(data)
+                start = time.perf_counter()
+                for _ in range(15):
+                    next(data)
+                rates.append(15 * 256 / (time.perf_counter() - start))
+            rate, size = float(np.median(rates)), latents.open()[0].nbytes
+            print(f"cached latents from {where}, {workers} workers: {rate:.0f} images/s, {rate * size / 1e6:.0f} MB/s")
+    need = 400e12 / (3 * forward * 2e9)
+    print(f"needed by plain SiT-B/2 on a GPU that gives 400 TFLOP/s: {need:.0f} images/s, {need * size / 1e6:.0f} MB/s")
+
+    latents = models.Latents(Path(folder) / "small", images, vae, "small", (4, 32, 32))
+    latents.fill(images, vae, 0)
+    name, n = "SiT-T/2", 8
+    model = random_model(name, 32, 4).train()
+    ema, optimizer = copy.deepcopy(model).requires_grad_(False), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(cached):
+        index = torch.randint(len(images), (n,)).tolist()
+        if cached:
+            x, y = latents[index]
+            mean, std = x[:, 0].float().unbind(1)
+        else:
+            x, y = torch.utils.data.default_collate([images[i] for i in index])
+            mean, std = models.encode(vae, x.float() / 127.5 - 1)
+        train_sit_mg.mg_loss(model, ema, mean + std * torch.randn_like(mean), y, 1.5).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    got, seconds = ratios({"cache": lambda: step(True), "online": lambda: step(False)}, 7)
+    small, t2 = gflops(lambda: meta.encode(torch.empty(1, 3, 256, 256))), gflops(lambda: pass_of(tiny))
+    print(f"training {name}, batch {n}: {n / seconds:.1f} images/s from cached latents, {n / seconds / got['online']:.1f} encoding in the "
+          f"step, {got['online']:.2f} times (VAE {small:.1f} GFLOPs, step {4.8 * t2:.1f} an image)")
+
+
 def bench():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of ratios, taken in alternation\n")
     print("| one training step, time over plain's | plain, ms | ema | ema, t_max .75 | online | online, t_max .75 | 4 labels |")
@@ -1862,6 +2157,7 @@ def bench():
 
     with tempfile.TemporaryDirectory() as folder:
         bench_fid(folder)
+        bench_latents(folder)
 
 
 if __name__ == "__main__":

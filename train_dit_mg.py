@@ -45,7 +45,7 @@ def draw_t(u):
 PRESETS = {  # defaults by --data
     "digits": {"model": f"{KIND}-T/2", "image_size": 8, "vae": "none", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": 2400,
                "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "save_every": 800, "log_every": 50, "eval_batch": 500},
-    "grid": {"model": "MLP", "image_size": 1, "vae": "none", "batch": 512, "lr": 1e-3, "ema": 0.995, "steps": 4000,
+    "grid": {"model": "MLP", "image_size": 1, "vae": "none", "batch": 256, "lr": 3e-3, "ema": 0.995, "steps": 4000,
              "eval_every": 0, "eval_samples": 20_000, "eval_steps": 50, "save_every": 2000, "log_every": 100, "eval_batch": 2000},
     # the paper's ImageNet recipe
     "folder": {"model": f"{KIND}-XL/2", "image_size": 256, "vae": "stabilityai/sd-vae-ft-ema", "batch": 256, "lr": 1e-4,
@@ -146,13 +146,15 @@ def parse_args(argv):
     p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8), grid (Fig. 2's points) or a folder of class folders [%(default)s]")
     p.add_argument("--image-size", type=int, help="pixels [preset]")
     p.add_argument("--vae", help="hub name or folder of the encoder; none: train on pixels [preset]")
+    p.add_argument("--latents", metavar="DIR", help="encode all images once, into this folder (ImageNet-256: about 42 GB), and train "
+                                                    "from it [encode in every step]")
     p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, what this script trains [preset]")
     p.add_argument("--w", type=scale, help="guidance scale, 1 is off, acts as CFG at 1/(2-w) (Eq. 18, 20); or auto (3.3) [1.5]")
     p.add_argument("--auto-rule", choices=["probe", "paper"], help="raise an automatic w at an evaluation where, probe: CFG 1.1 on top "
                    "scores better; paper: the score got worse since the last one; lower it otherwise [probe]")
     p.add_argument("--auto-metric", choices=[*LOWER, *HIGHER], help="what it goes by [fid; grid: outliers]")
     p.add_argument("--auto-step", type=float, help="share of the way to --auto-max, or back to 1, an evaluation [0.1]")
-    p.add_argument("--auto-max", type=float, help="bound of an automatic w, below 2; 1.75 acts as CFG 4 [1.75]")
+    p.add_argument("--auto-max", type=float, help="bound of an automatic w, below 2; 1.9 acts as CFG 10 [1.9]")
     p.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="scale-aware: draw w from here (Eq. 21, 22)")
     p.add_argument("--drop", type=float, help="share of samples that get the empty class (Table 4) [0.1]")
     p.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1 [%(default)s]")
@@ -191,7 +193,7 @@ def parse_args(argv):
     for flag, needed, there, default in [  # a flag without what it belongs to would silently do nothing
             ("auto_rule", "--w auto", args.w == "auto", "probe"), ("auto_step", "--w auto", args.w == "auto", 0.1),
             ("auto_metric", "--w auto", args.w == "auto", "outliers" if args.data == "grid" else "fid"),
-            ("auto_max", "--w auto", args.w == "auto", 1.75), ("num_labels", "--empty labels", args.empty == "labels", 4)]:
+            ("auto_max", "--w auto", args.w == "auto", 1.9), ("num_labels", "--empty labels", args.empty == "labels", 4)]:
         if getattr(args, flag) is None:
             setattr(args, flag, default if there else None)
         elif not there:
@@ -329,6 +331,9 @@ def main(argv=None):
             shape = models.encode(vae, sample[None].to(device) / 127.5 - 1)[0].shape[1:]                  # (c, h, w)
         else:
             shape = sample.shape
+        if args.latents and not vae:
+            raise ValueError(f"--latents {args.latents}: there are none without a VAE; give --vae, or leave --latents out")
+        latents = models.Latents(args.latents, images, vae, args.vae, shape) if args.latents else None
         kwargs = {"input_size": shape[1], "in_channels": shape[0], "num_classes": len(images.classes),
                   "scale_aware": args.w_range is not None, "empty_class": args.empty == "class", "freq_divisor": 127, "kind": KIND}
         if args.empty == "labels" and args.num_labels >= kwargs["num_classes"]:
@@ -383,6 +388,11 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         stop(e)
+    if latents:
+        try:
+            latents.fill(images, vae, args.workers)
+        except (ValueError, OSError) as e:  # in this process alone
+            parser.exit(2, f"{parser.prog}: error: {e}\n")
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net, forward_sync_buffers=False) if world > 1 else net
     teacher = ema if args.teacher == "ema" else net
@@ -393,6 +403,8 @@ def main(argv=None):
     elif args.data == "digits":
         tensors = TensorDataset(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
         data = iter(DataLoader(tensors, sampler=order, batch_size=None))
+    elif latents:
+        data = iter(DataLoader(latents, sampler=order, batch_size=None, num_workers=args.workers, pin_memory=cuda))
     else:
         data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
     # ---------------- logging and evaluation
@@ -486,10 +498,14 @@ def main(argv=None):
                 bar.close()
                 parser.exit(2, f"{parser.prog}: error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}\n")
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            x = x / 127.5 - 1 if x.dtype == torch.uint8 else x
-            x0 = torch.where(flip[part], x.flip(-1), x)
+            if latents:
+                mean, std = torch.where(flip[part, None], x[:, 1], x[:, 0]).float().unbind(1)
+            else:
+                x = x / 127.5 - 1 if x.dtype == torch.uint8 else x
+                x0 = torch.where(flip[part], x.flip(-1), x)
+                if vae:
+                    mean, std = models.encode(vae, x0)
             if vae:
-                mean, std = models.encode(vae, x0)
                 x0 = mean + std * posterior[part]
             sync = net.no_sync() if world > 1 and a < args.accum - 1 else contextlib.nullcontext()
             with sync, torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
