@@ -324,19 +324,18 @@ def draw_panels(model, plain, path, *, w, cfg, num, seed, **options):
             x = draw(net, labels, seed * 2 ** 32 + torch.arange(num), cfg=scale, progress=True, **options).flatten(1)
         scores = grid_scores(x, labels)
         rows.append({"": name} | scores)
-        plot_points(axes[0, column], x[:8000], labels[:8000])
+        plot_points(axes[0, column], x[:3000], labels[:3000])
         axes[0, column].set_title(f"{name}\noutliers {scores['outliers']:.3f}, coverage {scores['coverage']:.3f}", fontsize=9)
         paths = torch.stack([*seen, x[:60]])                                                       # (steps + 1, 60, 2)
         for i in range(60):
             axes[1, column].plot(*paths[:, i].T, color=COLOURS[labels[i]], linewidth=0.5)
         plot_points(axes[1, column], x[:60], labels[:60], size=6)
-        density, *_ = np.histogram2d(*x.T.numpy(), bins=104, range=[(-2.6, 2.6)] * 2, density=True)
-        exact = 1 / 16  # of both classes together; darker than that is where samples pile up
-        axes[2, column].imshow(density.T, origin="lower", extent=(-2.6, 2.6) * 2, cmap="magma", vmin=0, vmax=3 * exact)
+        density, *_ = np.histogram2d(*x.T.numpy(), bins=52, range=[(-2.6, 2.6)] * 2, density=True)
+        axes[2, column].imshow(density.T, origin="lower", extent=(-2.6, 2.6) * 2, cmap="magma", vmin=0, vmax=3 / 16)  # exact: 1/16 everywhere
         axes[2, column].set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], ("samples", "paths", "density"), strict=True):
         axis.set_ylabel(name)
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=80)
     return rows
 
 
@@ -458,7 +457,8 @@ def main_figure(args):
         (_, net, config), w = networks[0], networks[0][2]["w"]
         cfg = args.cfg or (1 / (2 - w) if w < 2 else 4.0)
         rows = draw_panels(net, plains[0][1], args.figure, w=w, cfg=cfg, **options)
-        print(f"CFG scale measured in MG's output: {measured_scale(net, plains[0][1]):.3f}; 1/(2-w) = {1 / (2 - w):.3f}" if w < 2 else "")
+        print(f"CFG scale measured in MG's output: {measured_scale(net, plains[0][1]):.3f}"
+              + (f"; 1/(2-w) = {1 / (2 - w):.3f}" if w < 2 else "; none is its limit at w >= 2"))
     print_table(rows)
     print(f"{args.figure}: {options['num']} points each, {args.steps} steps, seed {args.seed}")
 

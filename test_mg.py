@@ -1992,13 +1992,14 @@ def training_step(kind, name, input_size, in_channels, batch, **options):
     """One whole training step (loss, backward, AdamW, EMA), as a function."""
     model = random_model(name, input_size, in_channels).train()
     ema = copy.deepcopy(model).requires_grad_(False)
+    net = (options.pop("wrap", None) or (lambda net: net))(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
     weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())
     x0, y = torch.randn(batch, in_channels, input_size, input_size), torch.randint(10, (batch,))
-    teacher = {"plain": None, "ema": ema, "online": model}[options.pop("teacher")]
+    teacher = {"plain": None, "ema": ema, "online": net}[options.pop("teacher")]
 
     def step():
-        SCRIPTS[kind].mg_loss(model, teacher, x0, y, 1.5, **options).mean().backward()
+        SCRIPTS[kind].mg_loss(net, teacher, x0, y, 1.5, **options).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(ema_weights, weights, 1e-4)
@@ -2139,6 +2140,73 @@ def bench_latents(folder):
           f"step, {got['online']:.2f} times (VAE {small:.1f} GFLOPs, step {4.8 * t2:.1f} an image)")
 
 
+def eager_dit(state, x, t, y, heads=6, patch=2):
+    """DiT's forward pass as its authors' code has it, a function of a SiT-S/2's state dict: what a plain implementation costs."""
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def modulated(x, shift, scale):
+        return F.layer_norm(x, (x.shape[-1],), None, None, 1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    n, height = len(x), x.shape[2] // patch
+    freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 127)
+    args = t[:, None].float() * freqs[None]
+    c = linear(F.silu(linear(torch.cat([torch.cos(args), torch.sin(args)], -1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+    c = c + F.embedding(y, state["y_embedder.embedding_table.weight"])
+    x = F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=patch).flatten(2).transpose(1, 2)
+    x = x + state["pos_embed"]
+    for i in range(12):
+        b = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(F.silu(c), f"{b}.adaLN_modulation.1").chunk(6, dim=1)
+        q, k, v = linear(modulated(x, shift1, scale1), f"{b}.attn.qkv").reshape(n, -1, 3, heads, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, -1, heads * 64)
+        x = x + gate1.unsqueeze(1) * linear(h, f"{b}.attn.proj")
+        h = F.gelu(linear(modulated(x, shift2, scale2), f"{b}.mlp.fc1"), approximate="tanh")
+        x = x + gate2.unsqueeze(1) * linear(h, f"{b}.mlp.fc2")
+    shift, scale = linear(F.silu(c), "final_layer.adaLN_modulation.1").chunk(2, dim=1)
+    x = linear(modulated(x, shift, scale), "final_layer.linear").reshape(n, height, height, patch, patch, -1)
+    return torch.einsum("nhwpqc->nchpwq", x).reshape(n, -1, height * patch, height * patch)
+
+
+def bench_step():
+    """SiT-S/2 on 32x32x4 latents: our plain step against an eager DiT step with AdamW's and EMA's usual loops; precisions, EMA, memory."""
+    model = random_model("SiT-S/2", 32, 4).train()
+    state, x0, y = dict(model.state_dict(keep_vars=True)), torch.randn(4, 4, 32, 32), torch.randint(10, (4,))
+    averages = [p.detach().clone() for p in model.parameters()]
+    t = torch.rand(4)
+    torch.testing.assert_close(eager_dit(state, x0, t, y), model(x0, t, y), rtol=1e-4, atol=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, foreach=False)
+
+    def loop():
+        for a, p in zip(averages, model.parameters(), strict=True):
+            a.mul_(0.9999).add_(p.detach(), alpha=1e-4)
+
+    def eager():
+        t, noise = torch.rand(4), torch.randn_like(x0)
+        s = t.view(-1, 1, 1, 1)
+        F.mse_loss(eager_dit(state, (1 - s) * x0 + s * noise, t, y), noise - x0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loop()
+    shape = ("SiT", "SiT-S/2", 32, 4, 4)
+    plain = training_step(*shape, teacher="plain")
+
+    def bf16():
+        with torch.autocast("cpu", torch.bfloat16):
+            plain()
+    got, seconds = ratios({"plain": plain, "eager": eager, "bf16": bf16,
+                           "compiled": training_step(*shape, teacher="plain", wrap=torch.compile)}, 9)
+    print(f"\nSiT-S/2, batch 4, plain step {seconds * 1000:.0f} ms; over it: eager DiT step {got['eager']:.2f}, --compile {got['compiled']:.2f}, "
+          f"--dtype bf16 {got['bf16']:.2f}")
+    weights = [p.detach() for p in model.parameters()]
+    got, seconds = ratios({"foreach": lambda: torch._foreach_lerp_(averages, weights, 1e-4), "loop": loop}, 50)
+    print(f"EMA update {seconds * 1000:.1f} ms; the loop takes {got['loop']:.2f} times as long")
+    for teacher in "plain", "ema", "online":
+        code = MEASURE.format(root=str(HERE)) + f"import test_mg as m\nstep = m.training_step(*{shape!r}, teacher={teacher!r})\n" \
+            "[step() for _ in range(3)]; print(peak())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        print(f"peak resident memory of three such steps, teacher {teacher}: {float(done.stdout):.0f} MB")
+
+
 def bench():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of ratios, taken in alternation\n")
     print("| one training step, time over plain's | plain, ms | ema | ema, t_max .75 | online | online, t_max .75 | 4 labels |")
@@ -2155,6 +2223,10 @@ def bench():
                       for cfg in (1.0, 2.0)}, 9)
     print(f"\nsampling, SiT-T/2, 25 steps: 500 at once: MG {500 / mg:.0f} images/s, {got['cfg 2.0']:.2f} times those with CFG")
 
+    print("\n| the grid, exactly, at t | RMS of v(c) - v(empty) | RMS error of Eq. 23's flat mean |\n|---|---|---|")
+    for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        print(f"| {t} | " + " | ".join(f"{value:.3f}" for value in flat_mean_error(t)) + " |")
+    bench_step()
     with tempfile.TemporaryDirectory() as folder:
         bench_fid(folder)
         bench_latents(folder)
