@@ -150,7 +150,7 @@ def open_images(data, size=None):
 
     data: an .npz with arr_0 uint8 (N, H, W, C); a folder of images, searched through; "digits"; or an array like arr_0,
     whose rows and count are this rank's (local). With size, a folder with images only in its folders is real data:
-    centre-cropped to size x size. ValueError: one line that names the file.
+    centre-cropped to size x size and in a fixed random order. ValueError: one line that names the file.
     read(batch, rank, ranks, stop) yields (indices (b,), uint8 (b, H, W, C)): rows rank::ranks below stop, in order.
     """
     local = not isinstance(data, (str, os.PathLike))
@@ -170,6 +170,8 @@ def open_images(data, size=None):
         if name == "digits" or size and files and not flat:
             real = real_images(name, None if name == "digits" else size)
             count, shape = len(real), real[0][0].permute(1, 2, 0).shape
+            # not sorted by class: precision and recall look at the first 10,000
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist() if files else range(count)
         else:
             real, count, sizes = None, len(files), {}
             for f in files:
@@ -182,7 +184,7 @@ def open_images(data, size=None):
             shape = (*min(sizes)[::-1], 3)
 
         def load(i):
-            return real[i][0].permute(1, 2, 0) if real else torch.from_numpy(np.array(read_rgb(files[i])))
+            return real[order[i]][0].permute(1, 2, 0) if real else torch.from_numpy(np.array(read_rgb(files[i])))
 
         def read(batch, rank, ranks, stop):
             rows = torch.arange(rank, stop, ranks)

@@ -1865,6 +1865,16 @@ def test_fid_references(tmp_path, capsys):
     assert math.isnan(fid.evaluate(fake, str(tmp_path / "only.npz"), "digits")["recall"])
 
 
+def test_fid_class_folders_are_not_read_class_by_class(tmp_path):
+    """Precision and recall look at the first 10,000 images of a reference: they must not be those of the first classes."""
+    for k, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            save_image(tmp_path / name / f"{i}.png", np.full((8, 8, 3), 100 * k + i, np.uint8))
+    values = torch.cat([x[:, 0, 0, 0] for _, x in fid.open_images(str(tmp_path), 8).read(7, 0, 1, 40)]).tolist()
+    assert sorted(values) == [100 * k + i for k in range(2) for i in range(20)] and 5 <= sum(v < 100 for v in values[:20]) <= 15
+
+
 def test_fid_manifold_is_the_first_images_of_the_reference(monkeypatch):
     monkeypatch.setattr(fid, "MANIFOLD", 100)
     x, fake = digit_samples(300, 5)[0], digit_samples(150, 30, seed=1)[0]
