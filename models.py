@@ -490,9 +490,9 @@ def main():
         a_pass[name] = flops(model)
         gflops = a_pass[name] / 2e9
         print(f"| {name} | {parameters / 1e6:.2f} | {gflops:.{2 if gflops > 0.1 else 4}f} |")
-    print("\nComputed, not measured: GPU-hours of the paper's Table 7 and of a 7M-step run, batch 256, on A100s at 40 % of their\n"
-          "312 TFLOP/s (bf16). The teacher sees the 90 % that keep their label; SiT's with --t-max 0.75. Without VAE and evaluation.\n"
-          "| model | plain | +MG | ratio |\n|---|---|---|---|")
+    print("\nComputed, not measured: GPU-hours of the runs of the paper's Table 7 and of a 7M-step one, batch 256, on A100s at\n"
+          "40 % of their 312 TFLOP/s (bf16). The teacher sees the 90 % that keep their label; SiT's with --t-max 0.75.\n"
+          "Without the VAE and evaluations.\n\n| model | plain | +MG | ratio |\n|---|---|---|---|")
     for steps, names in (400_000, ("B/2", "L/2", "XL/2")), (7_000_000, ("XL/2",)):
         for name in [f"{kind}-{size}" for kind in ("DiT", "SiT") for size in names]:
             kept = 0.9 * (0.75 if name[0] == "S" else 1)

@@ -168,7 +168,7 @@ def parse_args(argv):
     p.add_argument("--eval-samples", type=int, help="images drawn for an evaluation; 0: just those in samples.png, not scored [preset]")
     p.add_argument("--eval-steps", type=int, help="sampling steps of an evaluation [preset]")
     p.add_argument("--eval-batch", type=int, help="images drawn at once, per process [preset]")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints; 0: at the end, evaluations and signals only [preset]")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints; 0: at evaluations and the end only [preset]")
     p.add_argument("--log-every", type=int, help="steps between rows of log.csv [preset]")
     p.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU in bf16, for the MFU shown [known for some GPUs]")
     p.add_argument("--workers", type=int, default=4, help="processes that read images of a folder [%(default)s]")
@@ -280,7 +280,7 @@ def initialize(args, kwargs):
 
 @contextlib.contextmanager
 def own_signals():
-    """SIGTERM and SIGINT end what is inside at once, until it says otherwise; whoever called has its own handlers back after."""
+    """SIGTERM and SIGINT end what is inside at once, until it says otherwise; the caller's own handlers are back after it."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -290,7 +290,7 @@ def own_signals():
 
 
 def spare(_):
-    """A loader's process doesn't die of a signal to the whole job, so that the step can be finished. A second SIGTERM is for it."""
+    """A loader's process outlives a signal to the whole job, so that the step can be finished. A second SIGTERM is its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
@@ -345,7 +345,8 @@ def main(argv=None):
             except ValueError as e:
                 if len(files) == 1:
                     raise
-                checkpoint, source, warning = models.read_checkpoint(files[1]), files[1], f"warning: {e}; going on from {files[1]}"
+                checkpoint, source = models.read_checkpoint(files[1]), files[1]
+                warning = f"warning: {e}; going on from the one before, {source}"
             whole = isinstance(checkpoint, dict) and {"config", "step", "model", "ema", "optimizer"} <= set(checkpoint)
             if not whole or not isinstance(checkpoint["config"], dict):
                 raise ValueError(f"--out {out}: its ckpt.pt is not of this project; give another --out")
@@ -396,8 +397,8 @@ def main(argv=None):
         if ddp:
             dist.all_reduce(seen, dist.ReduceOp.MAX)
         if seen.sum():
-            raise ValueError(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder that "
-                             f"all machines share")
+            raise ValueError(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder "
+                             f"that all machines share")
         if rank == 0 and checkpoint and source != path:
             os.replace(source, path)  # or the next checkpoint would put the corrupt one in the place of the good one
     except (ValueError, OSError) as e:
@@ -524,13 +525,13 @@ def main(argv=None):
         step += 1
         ended = torch.tensor(signals[:1] or [0])
         if ddp:
-            dist.all_reduce(ended, dist.ReduceOp.MAX)  # on the CPU: a signal in one process is one for all, without a wait for the GPU
+            dist.all_reduce(ended, dist.ReduceOp.MAX)  # a signal in one process is one for all; on the CPU, the GPU works on
         ended = int(ended)
         saving = due(step) or (args.save_every and step % args.save_every == 0)
         logging = saving or step % args.log_every == 0
         if not (logging or ended):
             continue
-        new = torch.stack([torch.stack(losses).view(-1, args.accum).sum(1), torch.stack(norms)])   # (2, steps since we were here)
+        new = torch.stack([torch.stack(losses).view(-1, args.accum).sum(1), torch.stack(norms)])   # (2, steps since last here)
         if ddp:
             dist.all_reduce(new)
             new /= world
@@ -540,8 +541,8 @@ def main(argv=None):
         if not finite.all():
             bar.close()
             bad = min(done + 1 + int((~finite).nonzero()[0]), step)
-            stop(f"the loss or the gradient of step {bad}, or a weight after it, is not finite; the last good checkpoint stays in "
-                 f"--out {out}. Lower --lr or --w, give --clip, or use --dtype fp32")
+            stop(f"the loss or the gradient of step {bad}, or a weight after it, is not finite; the last good checkpoint stays "
+                 f"in --out {out}. Lower --lr or --w, give --clip, or use --dtype fp32")
         window = torch.cat([window, new[0].cpu()])
         if logging:
             speed = (step - done) * args.batch / (time.perf_counter() - begin)
@@ -561,8 +562,8 @@ def main(argv=None):
                                                   "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
             if ended:
                 bar.close()
-                parser.exit(128 + ended, None if rank else f"{signal.Signals(ended).name}: step {step} is saved in {path}; the same "
-                                                           f"command goes on from there\n")
+                parser.exit(128 + ended, None if rank else f"{signal.Signals(ended).name}: step {step} is saved in {path}; the "
+                                                           f"same command goes on from there\n")
             if due(step):
                 listen(False)
                 evaluate(step)
