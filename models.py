@@ -293,12 +293,11 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise ValueError(f"{path}: corrupt, its checksums are wrong")
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, zlib.error, struct.error):
-        raise ValueError(f"{path}: corrupt") from None
+        corrupt = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, ValueError, zlib.error, struct.error):
+        corrupt = True
+    if corrupt:
+        raise ValueError(f"{path}: corrupt, its checksums are wrong")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script pickles its flags
             return torch.load(path, map_location="cpu", weights_only=True)

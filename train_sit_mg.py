@@ -526,7 +526,7 @@ def main(argv=None):
             mfu = speed * cost * models.passes(kept if step > args.start else 0, teaching) / (world * (peak or math.inf) * 1e12)
             bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, gradient {new[1].mean():.3g}, {speed:.4g} images/s, MFU "
                                 f"{f'{mfu:.1%}' if peak else 'unknown'}, {memory(cuda):.1f} GB")
-            window = window[:0]
+            window = torch.empty(0)
         losses, norms, begin, done = [], [], time.perf_counter(), step
         try:
             with together():
