@@ -293,7 +293,8 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
-        corrupt = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
+            corrupt = archive and archive.testzip()
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, ValueError, zlib.error, struct.error):
         corrupt = True
     if corrupt:

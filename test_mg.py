@@ -862,6 +862,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 FEW = ["--batch", "8", "--log-every", "3", "--save-every", "4", "--eval-samples", "0", "--eval-steps", "2"]
 
 
+def work(out, argv, prepare, main=train_sit_mg.main):
+    """main(argv), and the process ends; its words are in OUT.txt."""
+    code = 1
+    try:
+        sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)  # noqa: SIM115
+        if prepare:
+            prepare(int(os.environ.get("RANK", "0")))
+        main([*map(str, argv), "--out", str(out)])
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 def fork(out, *argv, prepare=None, main=train_sit_mg.main, ranks=1):
     """Processes that run main(argv): forks of this one, which has imported everything -> exit statuses, -n for signal n.
 
@@ -871,25 +889,11 @@ def fork(out, *argv, prepare=None, main=train_sit_mg.main, ranks=1):
     pids = []
     for rank in range(ranks):
         pids.append(os.fork())
-        if pids[-1]:
-            continue
-        code = 99
-        try:
-            sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)  # noqa: SIM115
+        if not pids[-1]:
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
                                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-            if prepare:
-                prepare(rank)
-            main([*map(str, argv), "--out", str(out)])
-            code = 0
-        except SystemExit as e:
-            code = e.code or 0
-        except BaseException:  # noqa: BLE001
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+            work(out, argv, prepare, main)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
@@ -1196,14 +1200,7 @@ def test_fault_a_signal_during_an_evaluation(tmp_path):
     assert [bool(row["fid"]) for row in csv.DictReader((out / "log.csv").open())] == [False, False, True, False, False, False, True]
 
 
-def work(out, argv, prepare):
-    """What a torchrun agent's process does in these tests."""
-    sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)  # noqa: SIM115
-    prepare(int(os.environ["RANK"]))
-    train_sit_mg.main([*map(str, argv), "--out", str(out)])
-
-
-def node(out, *argv, prepare=lambda _: None, nodes=1, processes=2, port=0, host=True):
+def node(out, *argv, prepare=None, nodes=1, processes=2, port=0, host=True):
     """A forked process with the agent that torchrun starts, whose workers are forks in turn (no imports) -> its id."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     pid = os.fork()
@@ -1298,6 +1295,51 @@ def test_fault_a_signal_to_the_whole_group(tmp_path):
         assert f"{number.name}: step 2 is saved" in text and "Traceback" not in text
         assert fork(out, *flags) == [0]
         assert_same_run(out, tmp_path / "whole")
+
+
+def test_fault_code_in_a_pickle_is_never_run(checkpoint, tmp_path, capsys, monkeypatch):
+    """At every place that takes a file: resuming, --init, sampling, load_checkpoint, fid.py's samples, reference and weights."""
+    monkeypatch.chdir(tmp_path)
+    out, mark = tmp_path / "out", Path(os.environ["TORCH_HOME"], "evil")
+    out.mkdir()
+    for path, evil in ((out / "ckpt.pt", {"config": Evil(), "step": 1, "model": {}, "ema": {}, "optimizer": {}}),
+                       (tmp_path / "init.pt", {"ema": Evil()}), (tmp_path / "old.pt", Evil())):
+        torch.save(evil, path, _use_new_zipfile_serialization=path.name != "old.pt")
+    np.savez(tmp_path / "evil.npz", arr_0=np.array([Evil()], dtype=object))
+    np.savez(tmp_path / "stats.npz", **{key: np.array([Evil()], dtype=object) for key in ("mu", "sigma", "mu_s", "sigma_s")})
+    np.savez(tmp_path / "good.npz", arr_0=digit_samples(64, 10)[0])
+    assert "never run" in error_of(train_sit_mg.main, *FEW, "--out", out)
+    for name in "init.pt", "old.pt":
+        assert name in error_of(train_sit_mg.main, *FEW, "--init", name, "--out", tmp_path / "no")
+        assert name in error_of(sample.main, name, "--out", "x.png")
+        for weights in "ema", "model":
+            with pytest.raises(ValueError, match="never run"):
+                load_checkpoint(name, weights=weights)
+    for line in ("evil.npz digits", "good.npz evil.npz", "good.npz stats.npz", "good.npz digits --features inception --weights old.pt"):
+        status, _, err = cli(capsys, *line.split())
+        assert status == 2 and len(err) == 1 and any(name in err[0] for name in ("evil.npz", "stats.npz", "old.pt"))
+    assert not mark.exists()
+    with contextlib.suppress(AttributeError, TypeError, KeyError):  # and it would have been seen
+        torch.load("old.pt", weights_only=False)
+    assert mark.exists()
+    mark.unlink()
+
+
+def test_fault_nothing_is_written_elsewhere(tmp_path):
+    """Training, sampling and scoring write where they are told; the digits' feature net and matplotlib's fonts are cached."""
+    home, temporary, cwd, out = (tmp_path / name for name in ("home", "tmp", "cwd", "made/for/it"))
+    for folder in home, temporary, cwd:
+        folder.mkdir()
+    env = {"HOME": str(home), "TMPDIR": str(temporary), "TORCH_HOME": str(home / ".cache/torch"), "PYTHONDONTWRITEBYTECODE": "1"}
+    for command in (["train_sit_mg.py", *TINY, "--steps", 2, "--out", out], ["sample.py", out / "ckpt.pt", "--steps", 2, "--num", 10,
+                                                                           "--out", out / "x.png"]):
+        status, _, err = run(*command, cwd=cwd, env=env)
+        assert status == 0, err
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p for p in written if not re.match(r"home/\.(cache|config)/matplotlib/", p)} == {
+        "home/.cache/torch/hub/checkpoints/digits-cnn-v1.pt",
+        *(f"made/for/it/{name}" for name in ("ckpt.pt", "log.csv", "curves.png", "samples.npz", "samples.json", "samples.png",
+                                             "x.png", "x.json"))}
 
 
 @pytest.mark.parametrize(("flags", "says"), [
