@@ -1209,6 +1209,7 @@ def node(out, *argv, prepare=None, nodes=1, processes=2, port=0, host=True):
     code = 1
     try:
         os.setsid()
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted processes read each other's addresses of before
         sys.stdout = sys.stderr = open(f"{out}.agent.txt", "a", buffering=1)  # noqa: SIM115
         elastic_launch(LaunchConfig(
             min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, run_id="test", rdzv_backend="c10d", max_restarts=3,

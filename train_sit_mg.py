@@ -552,6 +552,7 @@ def main(argv=None):
         print(f"\n{args.steps - first} steps and the evaluation in {time.perf_counter() - started:.0f} s; {out} has ckpt.pt, log.csv, "
               f"curves.png, samples.png, samples.npz")
     if ddp:
+        del net, teacher  # before its process group: as that one's last owner it would wait for gloo's threads, they for the GIL
         dist.destroy_process_group()
 
 
