@@ -863,7 +863,7 @@ FEW = ["--batch", "8", "--log-every", "3", "--save-every", "4", "--eval-samples"
 
 
 def work(out, argv, prepare, main=train_sit_mg.main):
-    """main(argv), and the process ends; its words are in OUT.txt."""
+    """main(argv), its words in OUT.txt; the process ends unless all went well."""
     code = 1
     try:
         sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)  # noqa: SIM115
@@ -875,8 +875,8 @@ def work(out, argv, prepare, main=train_sit_mg.main):
         code = e.code or 0
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
+    sys.stdout.flush()
+    if code:
         os._exit(code)
 
 
@@ -894,6 +894,7 @@ def fork(out, *argv, prepare=None, main=train_sit_mg.main, ranks=1):
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
                                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             work(out, argv, prepare, main)
+            os._exit(0)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
