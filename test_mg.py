@@ -1056,6 +1056,7 @@ def test_fault_corrupt_checkpoints(undisturbed, tmp_path):
         text = said(path.parent)
         assert "resuming from step 16" in text and ("warning: " in text and "going on from the one before" in text) == bool(data)
         assert_same_run(path.parent, undisturbed)
+        assert models.read_checkpoint(path.parent / "ckpt-prev.pt")["step"] == 16  # the corrupt one isn't kept in its place
     for name in "ckpt.pt", "ckpt-prev.pt":
         (path.parent / name).write_bytes(damaged[-1])
     assert "ckpt-prev.pt: corrupt" in error_of(train_sit_mg.main, *FEW, "--steps", 20, "--out", path.parent)
