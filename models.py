@@ -1,9 +1,10 @@
 """The transformer of DiT and SiT, a small network and a toy distribution in 2-D, the VAE codec, and checkpoints.
 
-`python models.py` prints parameters and GFLOPs of every configuration.
+`python models.py` prints parameters and GFLOPs of every configuration, and what the paper's training runs cost.
 """
 import argparse
 import contextlib
+import copy
 import datetime
 import hashlib
 import itertools
@@ -13,6 +14,8 @@ import os
 import pickle
 import shutil
 import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -146,6 +150,7 @@ class Transformer(Conditioning):
     y (N,) int64, num_classes is the empty class; w (N,) or number, scale-aware models only.
     -> DiT (N, 2C, H, W): eps, then the variance interpolation; SiT (N, C, H, W): v = eps - x_0.
     """
+    recompute = False  # True: the backward pass computes every block's activations anew, instead of their being kept
 
     def __init__(self, depth, width, heads, patch, **common):
         super().__init__(width, **common)
@@ -169,7 +174,10 @@ class Transformer(Conditioning):
         x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed                    # (N, T, D)
         c = self.condition(t, y, w)                                                                # (N, D)
         for block in self.blocks:
-            x = block(x, c)
+            if self.recompute and torch.is_grad_enabled():
+                x = recomputed(block, x, c, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+            else:
+                x = block(x, c)
         shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
         x = self.final_layer.linear(modulate(x, shift, scale))                                     # (N, T, patch*patch*C)
         x = x.unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, self.out_channels))
@@ -427,25 +435,72 @@ class Latents(Dataset):
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file to write, which is either whole or not there: temporary name, fsync, rename."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """A binary file to write, which is either whole and on the disk or not there: temporary name, fsync, rename.
+
+    OSError of one line that names the file if that fails, a full disk for one; an earlier file of that name then stays.
+    """
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save makes the latter of the former
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError) or cause.filename:
+            raise
+        raise OSError(f"{path} can't be written: {cause.strerror or cause}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name, too, is on the disk
+        finally:
+            os.close(folder)
+
+
+def previous(path):
+    """Where save_checkpoint() keeps the file that was at path before: ckpt.pt -> ckpt-prev.pt."""
+    return Path(path).with_stem(f"{Path(path).stem}-prev")
 
 
 def save_checkpoint(path, state):
-    """Writes a dict that read_checkpoint() reads."""
-    with atomic(path) as f:
-        torch.save(state, f)
+    """Writes a dict that read_checkpoint() reads, and keeps the file before it: see previous(). OSError as of atomic().
+
+    At no moment is there no whole file at path, and the two files are never the same one for long.
+    """
+    second = Path(f"{previous(path)}.tmp")
+    second.unlink(missing_ok=True)
+    if Path(path).exists():
+        try:
+            os.link(path, second)
+        except OSError:  # a file system without links: for a moment there is the previous one alone
+            os.replace(path, previous(path))
+    try:
+        with atomic(path) as f:
+            torch.save(state, f)
+        if second.exists():
+            os.replace(second, previous(path))
+    finally:
+        second.unlink(missing_ok=True)
 
 
 def read_checkpoint(path):
-    """The file as tensors and plain values; no code in it is run. ValueError of one line if that is impossible."""
+    """The file as tensors and plain values; no code in it is run. ValueError of one line if that is impossible.
+
+    torch.load() doesn't look at the checksums of a file, so a flipped bit would go on to live in the weights: this does.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
+            corrupt = archive and archive.testzip()
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, ValueError, zlib.error, struct.error):
+        corrupt = True
+    if corrupt:
+        raise ValueError(f"{path}: corrupt, its checksums are wrong")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script pickles its flags
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -607,19 +662,46 @@ def from_diffusers(folder):
     return state, config | {"vae": str(folder / "vae") if (folder / "vae").is_dir() else "none"}
 
 
-def main():
+# ---------------------------------------------------------------- what it costs
+
+def flops(model):
+    """Floating-point operations of one image's forward pass, two for a multiply-add. Nothing is computed."""
     from torch.utils.flop_counter import FlopCounterMode
+    model = copy.deepcopy(model).to("meta")
+    x = torch.empty(1, model.in_channels, model.input_size, model.input_size, device="meta")
+    y = torch.empty(1, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, torch.empty(1, device="meta"), y)
+    return counter.get_total_flops()
+
+
+def passes(kept, teacher=2):
+    """Forward passes that one image's training step is worth: the student's and its backward pass, worth two; the teacher's.
+
+    kept: the share of the images that the teacher sees; teacher: its passes for each.
+    """
+    return 3 + kept * teacher
+
+
+def main():
     print("| model | parameters (M) | GFLOPs a pass (multiply-adds; 32x32x4 latents of 256x256 images, T: 8x8 digits) |\n|---|---|---|")
+    a_pass = {}
     for name in NAMES[:-1]:
         size = 8 if "-T/" in name else 32
         with torch.device("meta"):
             model = create_model(name, input_size=size, in_channels=1 if size == 8 else 4, num_classes=1000)
-            x, t, y = torch.empty(1, model.in_channels, size, size), torch.empty(1), torch.empty(1, dtype=torch.int64)
-            with FlopCounterMode(display=False) as counter:
-                model(x, t, y)
         parameters = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()  # DiT counts the positions
-        gflops = counter.get_total_flops() / 2e9
+        a_pass[name] = flops(model)
+        gflops = a_pass[name] / 2e9
         print(f"| {name} | {parameters / 1e6:.2f} | {gflops:.{2 if gflops > 0.1 else 4}f} |")
+    print("\nComputed, not measured: GPU-hours of the runs of the paper's Table 7 and of a 7M-step one, batch 256, on A100s at\n"
+          "40 % of their 312 TFLOP/s (bf16). The teacher sees the 90 % that keep their label; SiT's with --t-max 0.75.\n"
+          "Without the VAE and evaluations.\n\n| model | plain | +MG | ratio |\n|---|---|---|---|")
+    for steps, names in (400_000, ("B/2", "L/2", "XL/2")), (7_000_000, ("XL/2",)):
+        for name in [f"{kind}-{size}" for kind in ("DiT", "SiT") for size in names]:
+            kept = 0.9 * (0.75 if name[0] == "S" else 1)
+            plain, guided = (steps * 256 * a_pass[name] * n / (0.4 * 312e12) / 3600 for n in (passes(0), passes(kept)))
+            print(f"| {name}, {steps:,} steps | {plain:.0f} | {guided:.0f} | {guided / plain:.2f} |")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ network predicts v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps.
 two passes a step) and for w (trained, one pass). Label num_classes is the empty class. Images are NCHW in [-1, 1].
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -182,6 +183,23 @@ def save_grid(images, path, columns):
         Image.fromarray(grid[..., 0] if channels == 1 else grid).save(f, format="png")
 
 
+@contextlib.contextmanager
+def together():
+    """Work after which all processes wait for each other. What goes wrong in one is raised in all: none waits for the lost."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        error = e
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error and ValueError(str(error)))
+    for e in errors:
+        if e:
+            raise e
+
+
 def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="fp32", columns=10, go_on=True,
                   sampler=None, steps=250, w=None, cfg=1.0, interval=(0.0, 1.0)):
     """Draws image i for labels[i] from seed * 2^32 + i, on all processes, into a .png or .npz with a .json record beside.
@@ -196,45 +214,45 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
     parts = Path(f"{path}.parts")
     record = dict(record, sampler=choose_sampler(sampler, model), steps=steps, w=w, cfg=cfg, interval=list(interval), seed=seed,
                   dtype=dtype, num=len(labels), batch=batch)
-    if rank == 0:
-        if parts.exists() and not go_on:
-            shutil.rmtree(parts)
-        parts.mkdir(parents=True, exist_ok=True)
-        if (parts / "record.json").exists():
-            for key, value in json.loads((parts / "record.json").read_text()).items():
-                if record.get(key) != value:
-                    raise ValueError(f"{parts} holds an interrupted run with {key} {value}, not {record.get(key)}: "
-                                     f"finish that one, or delete the folder")
-        write_json(parts / "record.json", record)
-    if world > 1:
-        dist.barrier()
-    starts = list(range(0, len(labels), batch))
-    missing = [start for start in starts if not (parts / f"{start}.npy").exists()]
-    if world > 1:
-        dist.barrier()  # every process has looked before any of them draws
+    with together():
+        if rank == 0:
+            if parts.exists() and not go_on:
+                shutil.rmtree(parts)
+            parts.mkdir(parents=True, exist_ok=True)
+            if (parts / "record.json").exists():
+                for key, value in json.loads((parts / "record.json").read_text()).items():
+                    if record.get(key) != value:
+                        raise ValueError(f"{parts} holds an interrupted run with {key} {value}, not {record.get(key)}: "
+                                         f"finish that one, or delete the folder")
+            write_json(parts / "record.json", record)
+    with together():  # every process has looked before any of them draws
+        starts = list(range(0, len(labels), batch))
+        missing = [start for start in starts if not (parts / f"{start}.npy").exists()]
     todo, made = missing[rank::world], sum(min(batch, len(labels) - start) for start in missing)
     begin = time.perf_counter()
-    for start in tqdm(todo, desc="samples", unit="batch", disable=rank > 0, leave=False):
-        index = torch.arange(start, min(start + batch, len(labels)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            images = (draw if model.input_size == 1 else functools.partial(generate, vae=vae))(
-                model, labels[index], seed * 2 ** 32 + index, sampler=sampler, steps=steps, w=w, cfg=cfg, interval=interval,
-                progress=rank == 0)
-        with atomic(parts / f"{start}.npy") as f:
-            np.save(f, images.cpu().numpy() if model.input_size > 1 else images.flatten(1).cpu().numpy())  # points: (N, 2) float32
-    if world > 1:
-        dist.barrier()
+    if model.input_size == 1:  # points: (N, 2) float32
+        def make(*inputs, **options):
+            return draw(*inputs, **options).flatten(1).cpu()
+    else:
+        make = functools.partial(generate, vae=vae)
+    with together():
+        for start in tqdm(todo, desc="samples", unit="batch", disable=rank > 0, leave=False):
+            index = torch.arange(start, min(start + batch, len(labels)))
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                images = make(model, labels[index], seed * 2 ** 32 + index, sampler=sampler, steps=steps, w=w, cfg=cfg,
+                              interval=interval, progress=rank == 0)
+            with atomic(parts / f"{start}.npy") as f:
+                np.save(f, images.numpy())
     seconds = time.perf_counter() - begin
-    if rank == 0:
-        files = [parts / f"{start}.npy" for start in starts]
-        if path.suffix == ".png":
-            save_grid(np.concatenate([np.load(file) for file in files]), path, columns)
-        else:
-            save_npz(path, labels.numpy(), files)
-        write_json(path.with_suffix(".json"), record)
-        shutil.rmtree(parts)
-    if world > 1:
-        dist.barrier()
+    with together():
+        if rank == 0:
+            files = [parts / f"{start}.npy" for start in starts]
+            if path.suffix == ".png":
+                save_grid(np.concatenate([np.load(file) for file in files]), path, columns)
+            else:
+                save_npz(path, labels.numpy(), files)
+            write_json(path.with_suffix(".json"), record)
+            shutil.rmtree(parts)
     return f"{made / seconds:.1f} images/s on {world} x {device.type}" if made else "all of them drawn before"
 
 

@@ -7,11 +7,17 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import resource
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -88,11 +94,15 @@ def test_parameters_and_gflops_are_the_published_ones(capsys):
     """DiT's Table 4 and the paper's Fig. 6, within 1 %."""
     models.main()
     rows = {c[1].strip(): (float(c[2]), float(c[3])) for c in (line.split("|") for line in capsys.readouterr().out.splitlines()
-                                                               ) if "/" in c[1]}
+                                                               if line.startswith("|")) if "/" in c[1]}
     published = {"S/2": (33, 6.06), "B/2": (130, 23.01), "L/2": (458, 80.71), "XL/2": (675, 118.64)}
     for size, (parameters, gflops) in published.items():
         for kind in "DiT", "SiT":
             assert rows[f"{kind}-{size}"] == (pytest.approx(parameters, rel=0.01), pytest.approx(gflops, rel=0.01))
+    # 400k steps of 256, 2 * 118.64 GFLOPs a pass, 3 passes and twice 90 % (of SiT's t up to 0.75); 312 TFLOP/s at 40 %
+    for kind, times in ("DiT", 3 + 1.8), ("SiT", 3 + 1.35):
+        hours = [400e3 * 256 * 2 * 118.64e9 * n / (0.4 * 312e12) / 3600 for n in (3, times)]
+        assert rows[f"{kind}-XL/2, 400,000 steps"] == pytest.approx(hours, abs=2)
 
 
 def to_diffusers(state, depth):
@@ -842,8 +852,497 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     state["model"]["final_layer.linear.bias"][:] = torch.inf
     torch.save(state, tmp_path / "ckpt.pt")
     bad = (tmp_path / "ckpt.pt").read_bytes()
-    assert "the loss of step 3, or a weight after it, is not finite" in error_of(train_sit_mg.main, *TINY, "--steps", 4, "--out", tmp_path)
+    assert "the loss or the gradient of step 3, or a weight after it, is not finite" in error_of(train_sit_mg.main, *TINY, "--steps", 4, "--out", tmp_path)
     assert (tmp_path / "ckpt.pt").read_bytes() == bad != good
+
+
+
+# ---------------------------------------------------------------- faults
+
+FEW = ["--batch", "8", "--log-every", "3", "--save-every", "4", "--eval-samples", "0", "--eval-steps", "2"]
+
+
+def work(out, argv, prepare, main=train_sit_mg.main):
+    """main(argv), its words in OUT.txt; the process ends unless all went well."""
+    code = 1
+    try:
+        sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)  # noqa: SIM115
+        if prepare:
+            prepare(int(os.environ.get("RANK", "0")))
+        main([*map(str, argv), "--out", str(out)])
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    sys.stdout.flush()
+    if code:
+        os._exit(code)
+
+
+def fork(out, *argv, prepare=None, main=train_sit_mg.main, ranks=1):
+    """Processes that run main(argv): forks of this one, which has imported everything -> exit statuses, -n for signal n.
+
+    prepare(rank) comes first, where faults are put in. What they print goes to OUT.txt.
+    """
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
+    pids = []
+    for rank in range(ranks):
+        pids.append(os.fork())
+        if not pids[-1]:
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
+                               "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            work(out, argv, prepare, main)
+            os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def said(out):
+    """What the processes of fork() said since the last look."""
+    text = Path(f"{out}.txt").read_text()
+    Path(f"{out}.txt").unlink()
+    return text
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(number, action):
+    """-> a prepare() for fork(): in the number-th step of the process, in the middle of it, this is called."""
+    def prepare(_):
+        calls, real = itertools.count(1), train_sit_mg.mg_loss
+        train_sit_mg.mg_loss = lambda *args, **kwargs: (next(calls) == number and action()) or real(*args, **kwargs)
+    return prepare
+
+
+def at_call(module, name, number, after=False):
+    """-> a prepare() for fork(): kill -9 at the number-th call of a function, before it or after."""
+    def prepare(_):
+        calls, real = itertools.count(1), getattr(module, name)
+
+        def dying(*args, **kwargs):
+            last = next(calls) == number
+            if last and not after:
+                die()
+            result = real(*args, **kwargs)
+            if last:
+                die()
+            return result
+        setattr(module, name, dying)
+    return prepare
+
+
+def half_written(number):
+    """-> a prepare() for fork(): kill -9 when half of the number-th checkpoint is in its file."""
+    def prepare(_):
+        calls, real = itertools.count(1), torch.save
+
+        def save(state, f):
+            if next(calls) == number:
+                whole = io.BytesIO()
+                real(state, whole)
+                f.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+                f.flush()
+                die()
+            real(state, f)
+        torch.save = save
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """20 steps that nothing happened to; in this process, so that what a run imports is there for the forks."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    train("SiT", out, *FEW, "--steps", 20)
+    assert len(losses(out)) == 10  # every third step and every fourth
+    return out
+
+
+def assert_same_run(a, b):
+    """The whole checkpoint to the bit, the optimizer's state too, and the log's losses and metrics."""
+    def assert_same(a, b):
+        assert type(a) is type(b)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+        elif isinstance(a, (dict, list)):
+            assert len(a) == len(b)
+            for key in a if isinstance(a, dict) else range(len(a)):
+                assert_same(a[key], b[key])
+        else:
+            assert a == b
+    assert_same(*(torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b)))
+    logs = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader((out / "log.csv").open())]
+            for out in (a, b)]
+    assert logs[0] == logs[1]
+
+
+def test_fault_kill_at_ten_moments(undisturbed, tmp_path):
+    """kill -9 in a step, in the write, between the renames, and at any time at all; resumed each time."""
+    out, rng = tmp_path / "out", random.Random(0)
+    moments = [at_step(3, die), at_call(torch, "_foreach_lerp_", 2), half_written(1), at_call(os, "fsync", 3),
+               at_call(os, "link", 1, after=True), at_call(os, "replace", 5, after=True), at_call(os, "replace", 4)]
+    moments += [lambda _: threading.Timer(rng.uniform(0, 1), die).start()] * 3
+    for k, prepare in enumerate(moments):
+        assert fork(out, *FEW, "--steps", 20, prepare=prepare) in ([-signal.SIGKILL], [0]), (k, said(out))
+        if (out / "ckpt.pt").exists():
+            models.read_checkpoint(out / "ckpt.pt")
+    assert fork(out, *FEW, "--steps", 20) == [0], said(out)
+    assert_same_run(out, undisturbed)
+    assert not [p for p in out.iterdir() if p.suffix == ".tmp"]
+    text = said(out)
+    assert {int(step) for step in re.findall(r"resuming from step (\d+)", text)} > {4} and "Traceback" not in text
+
+
+def test_fault_the_last_two_checkpoints(tmp_path, monkeypatch):
+    """At every moment there is a whole one, and two of them whenever a third is in the making."""
+    path = tmp_path / "ckpt.pt"
+    seen, steps = [], lambda: {p.name: models.read_checkpoint(p)["step"] for p in tmp_path.iterdir() if not p.name.startswith("ckpt.pt.")}
+    save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 2})
+    assert steps() == {"ckpt.pt": 2, "ckpt-prev.pt": 1}
+    for real in os.link, os.replace:
+        def watched(*args, real=real):
+            seen.append(steps())
+            real(*args)
+            seen.append(steps())
+        monkeypatch.setattr(os, real.__name__, watched)
+    save_checkpoint(path, {"step": 3})
+    assert [s["ckpt.pt"] for s in seen] == [2, 2, 2, 3, 3, 3] and all(len(set(s.values())) >= 2 for s in seen)
+    assert steps() == {"ckpt.pt": 3, "ckpt-prev.pt": 2}
+
+    def no_links(*_):
+        raise OSError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", no_links)
+    save_checkpoint(path, {"step": 4})
+    assert steps() == {"ckpt.pt": 4, "ckpt-prev.pt": 3}
+
+
+def test_fault_corrupt_checkpoints(undisturbed, tmp_path):
+    """Any flipped bit of the contents is found, by the training too, which goes on from the checkpoint before."""
+    rng, path = random.Random(0), tmp_path / "run" / "ckpt.pt"
+    good = (undisturbed / "ckpt.pt").read_bytes()
+    with zipfile.ZipFile(undisturbed / "ckpt.pt") as archive:
+        spans = [(info.header_offset + 200, info.file_size) for info in archive.infolist() if info.file_size > 1000]
+    path.parent.mkdir()
+    damaged = [good[:rng.randrange(len(good))] for _ in range(4)]
+    for offset, size in rng.sample(spans, 8):
+        i = offset + rng.randrange(size - 200)
+        damaged.append(good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1:])
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="ckpt.pt: (corrupt|truncated)"):
+            load_checkpoint(path)
+    for _ in range(100):  # anywhere: told, or of no consequence
+        i = rng.randrange(len(good))
+        path.write_bytes(good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1:])
+        try:
+            state = models.read_checkpoint(path)
+        except ValueError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+        else:
+            whole = torch.load(undisturbed / "ckpt.pt", weights_only=True)
+            assert state["config"] == whole["config"] and state["step"] == whole["step"]
+            assert all(torch.equal(state[part][key], whole[part][key]) for part in ("model", "ema") for key in whole[part])
+    log = (undisturbed / "log.csv").read_text()
+    for data in (damaged[0], damaged[-1], None):
+        (path.parent / "ckpt-prev.pt").write_bytes((undisturbed / "ckpt-prev.pt").read_bytes())
+        (path.parent / "log.csv").write_text(log)
+        path.write_bytes(data) if data else path.unlink()
+        assert "--seed" not in (refused := error_of(train_sit_mg.main, *FEW, "--steps", 20, "--seed", 1, "--out", path.parent))
+        assert "seed 0, not 1" in refused and path.exists() == bool(data)  # a refusal changes nothing
+        assert fork(path.parent, *FEW, "--steps", 20) == [0]
+        text = said(path.parent)
+        assert "resuming from step 16" in text and ("warning: " in text and "going on from the one before" in text) == bool(data)
+        assert_same_run(path.parent, undisturbed)
+        assert models.read_checkpoint(path.parent / "ckpt-prev.pt")["step"] == 16  # the corrupt one isn't kept in its place
+    for name in "ckpt.pt", "ckpt-prev.pt":
+        (path.parent / name).write_bytes(damaged[-1])
+    assert "ckpt-prev.pt: corrupt" in error_of(train_sit_mg.main, *FEW, "--steps", 20, "--out", path.parent)
+
+
+def limit(size):
+    """-> a prepare() for fork(): no file may grow beyond this, as on a full disk."""
+    return lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize(("blocked", "flags"), [("ckpt.pt", []), ("log.csv", []), ("samples.npz", []), ("curves.png", []),
+                                                ("samples.npz.parts/0.npy", ["--eval-samples", 20])])
+def test_fault_full_disk(blocked, flags, undisturbed, tmp_path):
+    """/dev/full is the disk: one line that names the file, exit status 2, the checkpoints of before whole."""
+    out = tmp_path / "out"
+    assert fork(out, *FEW, *flags, "--steps", 20, prepare=at_step(14, die)) == [-signal.SIGKILL], said(out)
+    before = (out / "ckpt.pt").read_bytes(), (out / "ckpt-prev.pt").read_bytes()
+
+    def full(_):
+        real = open
+        models.open = lambda path, mode: real("/dev/full" if str(path) == f"{out / blocked}.tmp" else path, mode)
+    said(out)
+    assert fork(out, *FEW, *flags, "--steps", 20, prepare=full) == [2]
+    text = said(out)
+    assert f"{out / blocked} can't be written: No space left on device" in text and "Traceback" not in text
+    late = blocked not in ("ckpt.pt", "log.csv")  # by then all is trained
+    assert late == (models.read_checkpoint(out / "ckpt.pt")["step"] == 20) == (
+        ((out / "ckpt.pt").read_bytes(), (out / "ckpt-prev.pt").read_bytes()) != before)
+    assert not list(out.glob("*.tmp"))
+    assert fork(out, *FEW, *flags, "--steps", 20) == [0]
+    assert_same_run(out, undisturbed) if not flags else assert_same_checkpoint(out, undisturbed)
+
+
+def test_fault_full_disk_of_two_processes(tmp_path):
+    """A file size limit stops torch.save half-way in one of two processes: both end, with one line."""
+    out = tmp_path / "out"
+    assert fork(out, *FEW, "--steps", 20, prepare=limit(1_000_000), ranks=2) == [2, 2]
+    text = said(out)
+    assert text.count("ckpt.pt can't be written: File too large") == 1 and "Traceback" not in text
+    assert {p.name for p in out.iterdir()} == {"log.csv"} and len(losses(out)) == 2
+
+
+def test_fault_gradients(tmp_path):
+    """A gradient that isn't finite, of a loss that is, stops the run and names the step. --clip acts on the length."""
+    def prepare(_):
+        calls, real = itertools.count(1), train_sit_mg.mg_loss
+
+        def mg_loss(*args, **kwargs):
+            loss = real(*args, **kwargs)
+            if next(calls) == 5:
+                loss.register_hook(lambda grad: grad * math.inf)
+            return loss
+        train_sit_mg.mg_loss = mg_loss
+    out = tmp_path / "out"
+    assert fork(out, *FEW, "--steps", 20, prepare=prepare) == [2]
+    text = said(out)
+    assert "the loss or the gradient of step 5, or a weight after it, is not finite" in text and "Traceback" not in text
+    assert models.read_checkpoint(out / "ckpt.pt")["step"] == 4
+    lengths, weights = {}, {}
+    for clip in 1e9, 0.1:
+        lengths[clip], real = [], torch.optim.AdamW.step
+
+        def step(self, *args, real=real, into=lengths[clip]):
+            into.append(float(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm()))
+            return real(self, *args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", step)
+            train("SiT", tmp_path / str(clip), "--steps", 3, "--eval-samples", 0, "--clip", clip)
+        weights[clip] = torch.load(tmp_path / str(clip) / "ckpt.pt", weights_only=True)["model"]
+    assert min(lengths[1e9]) > 0.2 and lengths[0.1] == pytest.approx([0.1] * 3, rel=1e-3)
+    train("SiT", tmp_path / "none", "--steps", 3, "--eval-samples", 0)
+    none = torch.load(tmp_path / "none" / "ckpt.pt", weights_only=True)["model"]
+    assert all(torch.equal(none[key], weights[1e9][key]) for key in none)
+
+
+@pytest.mark.parametrize("scale_aware", [False, True])
+def test_fault_recompute_changes_nothing(scale_aware):
+    """--recompute: the same outputs and gradients, and the activations inside a block aren't kept."""
+    b, model = batch(), random_model(scale_aware=scale_aware)
+    w = (torch.linspace(1, 2, len(b["x0"])),) if scale_aware else ()
+    x, t, y = b["x0"], torch.linspace(0, 1, len(b["x0"])), b["y"]
+    kept, found = {}, {}
+    for recompute in False, True:
+        model.recompute, sizes = recompute, []
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            out = model(x, t, y, *w)
+        out.square().mean().backward()
+        kept[recompute], found[recompute] = sum(sizes), [out.detach()] + [p.grad.clone() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+    assert kept[True] < kept[False] / 2
+    assert list(model.state_dict()) == list(random_model(scale_aware=scale_aware).state_dict())
+
+
+def test_fault_processes_and_accum(tmp_path):
+    """1, 2 and 4 processes, --accum 1, 2 and 4: 20 steps with the same losses."""
+    runs = {(ranks, accum): tmp_path / f"{ranks}-{accum}" for ranks, accum in ((1, 1), (1, 4), (2, 2), (4, 1))}
+    for (ranks, accum), out in runs.items():
+        assert fork(out, *FEW, "--clip", 0.5, "--recompute", "--log-every", 1, "--steps", 20, "--accum", accum, ranks=ranks) == [0] * ranks, said(out)
+    want = losses(runs[1, 1])
+    assert len(want) == 20
+    for out in runs.values():
+        assert np.abs(np.subtract(losses(out), want)).max() < 1e-5, out
+
+
+def test_fault_a_signal_saves(undisturbed, undisturbed_pair, tmp_path):
+    """At a step that no checkpoint or row was due for; the processes get it at different steps and stop at the same one."""
+    out = tmp_path / "one"
+    assert fork(out, *FEW, "--steps", 20, prepare=at_step(5, lambda: os.kill(os.getpid(), signal.SIGINT))) == [130]
+    text = said(out)
+    assert "SIGINT: step 5 is saved" in text and "Traceback" not in text
+    assert models.read_checkpoint(out / "ckpt.pt")["step"] == 5 and len(losses(out)) == 2
+    assert fork(out, *FEW, "--steps", 20) == [0]
+    assert_same_run(out, undisturbed)
+    two = tmp_path / "two"
+
+    def prepare(rank):
+        at_step(5 if rank else 7, lambda: os.kill(os.getpid(), signal.SIGTERM))(rank)
+    assert fork(two, *FEW, "--steps", 20, prepare=prepare, ranks=2) == [143, 143]
+    text = said(two)
+    assert text.count("SIGTERM: step 5 is saved") == 1 and "Traceback" not in text
+    assert fork(two, *FEW, "--steps", 20, ranks=2) == [0, 0]
+    assert_same_run(two, undisturbed_pair)
+
+
+def test_fault_a_signal_during_an_evaluation(tmp_path):
+    """It doesn't wait for the end, since all is saved; the evaluation is made up for. And before the first step: no harm."""
+    flags = [*FEW, "--eval-samples", "20", "--eval-every", "5", "--steps", "10"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert fork(whole, *flags) == [0], said(whole)
+
+    def in_evaluation(_):
+        real = fid.evaluate
+        fid.evaluate = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or real(*args)
+
+    def in_setup(_):
+        fid.real_images = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    assert fork(out, *flags, prepare=in_setup) == [-signal.SIGINT] and not out.exists()
+    assert fork(out, *flags, prepare=in_evaluation) == [-signal.SIGTERM]
+    assert models.read_checkpoint(out / "ckpt.pt")["step"] == 5 and "Traceback" not in said(out)
+    assert fork(out, *flags) == [0]
+    assert_same_run(out, whole)
+    assert [bool(row["fid"]) for row in csv.DictReader((out / "log.csv").open())] == [False, False, True, False, False, False, True]
+
+
+def node(out, *argv, prepare=None, nodes=1, processes=2, port=0, host=True):
+    """A forked process with the agent that torchrun starts, whose workers are forks in turn (no imports) -> its id."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted processes read each other's addresses of before
+        sys.stdout = sys.stderr = open(f"{out}.agent.txt", "a", buffering=1)  # noqa: SIM115
+        elastic_launch(LaunchConfig(
+            min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, run_id="test", rdzv_backend="c10d", max_restarts=3,
+            rdzv_endpoint=f"localhost:{port}", start_method="fork", local_addr="localhost",
+            rdzv_configs={"is_host": host, "keep_alive_interval": 1, "last_call_timeout": 1}), work)(out, argv, prepare)
+        code = 0
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def status(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(undisturbed):
+    """The same with two processes."""
+    out = undisturbed.with_name("pair")
+    assert fork(out, *FEW, "--steps", 20, ranks=2) == [0, 0], said(out)
+    assert losses(out) == pytest.approx(losses(undisturbed), abs=1e-5)
+    return out
+
+
+def once(flag, number, action):
+    """-> a prepare(): in the number-th step of rank 1 this is called, the first time that it gets there."""
+    def first():
+        if not flag.exists():
+            flag.touch()
+            action()
+    return lambda rank: at_step(number, first)(rank) if rank == 1 else None
+
+
+def test_fault_torchrun_restarts(undisturbed_pair, tmp_path):
+    """One of two processes is killed: torchrun ends the other, starts both, and they go on from the checkpoint."""
+    out = tmp_path / "out"
+    assert status(node(out, *FEW, "--steps", 20, prepare=once(tmp_path / "flag", 7, die))) == 0
+    assert (tmp_path / "flag").exists() and "resuming from step 4" in said(out)
+    assert_same_run(out, undisturbed_pair)
+
+
+def test_fault_torchrun_is_terminated(undisturbed_pair, tmp_path):
+    """SIGTERM to torchrun, which passes it on: saved, and the same command goes on from there."""
+    out = tmp_path / "out"
+    prepare = once(tmp_path / "flag", 5, lambda: os.kill(os.getppid(), signal.SIGTERM))
+    assert status(node(out, *FEW, "--steps", 20, prepare=prepare)) != 0
+    step = int(re.findall(r"SIGTERM: step (\d+) is saved", said(out))[0])
+    assert 5 <= step < 20 and models.read_checkpoint(out / "ckpt.pt")["step"] == step
+    assert status(node(out, *FEW, "--steps", 20)) == 0
+    assert_same_run(out, undisturbed_pair)
+
+
+def test_fault_one_of_two_nodes(undisturbed_pair, tmp_path):
+    """Two agents with a c10d rendezvous; the one that doesn't host it is killed with its process, and started again."""
+    out = tmp_path / "out"
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    prepare = once(tmp_path / "flag", 7, lambda: os.killpg(0, signal.SIGKILL))  # rank 1: its agent and itself, or the host's
+    here, there = (node(out, *FEW, "--steps", 20, prepare=prepare, nodes=2, processes=1, port=port, host=host)
+                   for host in (True, False))
+    assert status(there) == -signal.SIGKILL
+    there = node(out, *FEW, "--steps", 20, prepare=prepare, nodes=2, processes=1, port=port, host=False)
+    assert (status(here), status(there)) == (0, 0)
+    assert "resuming from step 4" in said(out)
+    assert_same_run(out, undisturbed_pair)
+
+
+def test_fault_a_signal_to_the_whole_group(tmp_path):
+    """As of Ctrl-C or Slurm: the processes that read images get it too, and neither fall nor complain."""
+    image_folder(tmp_path / "images")
+    flags = [*FEW, "--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 8, "--vae", "none", "--steps", 6, "--workers", 2]
+    assert fork(tmp_path / "whole", *flags) == [0], said(tmp_path / "whole")
+    for number in signal.SIGTERM, signal.SIGINT:
+        out = tmp_path / number.name
+
+        def prepare(rank, number=number):
+            os.setpgrp()
+            at_step(2, lambda: os.killpg(0, number))(rank)
+        assert fork(out, *flags, prepare=prepare) == [128 + number]
+        text = said(out)
+        assert f"{number.name}: step 2 is saved" in text and "Traceback" not in text
+        assert fork(out, *flags) == [0]
+        assert_same_run(out, tmp_path / "whole")
+
+
+def test_fault_code_in_a_pickle_is_never_run(checkpoint, tmp_path, capsys, monkeypatch):
+    """At every place that takes a file: resuming, --init, sampling, load_checkpoint, fid.py's samples, reference and weights."""
+    monkeypatch.chdir(tmp_path)
+    out, mark = tmp_path / "out", Path(os.environ["TORCH_HOME"], "evil")
+    out.mkdir()
+    for path, evil in ((out / "ckpt.pt", {"config": Evil(), "step": 1, "model": {}, "ema": {}, "optimizer": {}}),
+                       (tmp_path / "init.pt", {"ema": Evil()}), (tmp_path / "old.pt", Evil())):
+        torch.save(evil, path, _use_new_zipfile_serialization=path.name != "old.pt")
+    np.savez(tmp_path / "evil.npz", arr_0=np.array([Evil()], dtype=object))
+    np.savez(tmp_path / "stats.npz", **{key: np.array([Evil()], dtype=object) for key in ("mu", "sigma", "mu_s", "sigma_s")})
+    np.savez(tmp_path / "good.npz", arr_0=digit_samples(64, 10)[0])
+    assert "never run" in error_of(train_sit_mg.main, *FEW, "--out", out)
+    for name in "init.pt", "old.pt":
+        assert name in error_of(train_sit_mg.main, *FEW, "--init", name, "--out", tmp_path / "no")
+        assert name in error_of(sample.main, name, "--out", "x.png")
+        for weights in "ema", "model":
+            with pytest.raises(ValueError, match="never run"):
+                load_checkpoint(name, weights=weights)
+    for line in ("evil.npz digits", "good.npz evil.npz", "good.npz stats.npz", "good.npz digits --features inception --weights old.pt"):
+        status, _, err = cli(capsys, *line.split())
+        assert status == 2 and len(err) == 1 and any(name in err[0] for name in ("evil.npz", "stats.npz", "old.pt"))
+    assert not mark.exists()
+    with contextlib.suppress(AttributeError, TypeError, KeyError):  # and it would have been seen
+        torch.load("old.pt", weights_only=False)
+    assert mark.exists()
+    mark.unlink()
+
+
+def test_fault_nothing_is_written_elsewhere(tmp_path):
+    """Training, sampling and scoring write where they are told; the digits' feature net and matplotlib's fonts are cached."""
+    home, temporary, cwd, out = (tmp_path / name for name in ("home", "tmp", "cwd", "made/for/it"))
+    for folder in home, temporary, cwd:
+        folder.mkdir()
+    env = {"HOME": str(home), "TMPDIR": str(temporary), "TORCH_HOME": str(home / ".cache/torch"), "PYTHONDONTWRITEBYTECODE": "1"}
+    for command in (["train_sit_mg.py", *TINY, "--steps", 2, "--out", out], ["sample.py", out / "ckpt.pt", "--steps", 2, "--num", 10,
+                                                                           "--out", out / "x.png"]):
+        status, _, err = run(*command, cwd=cwd, env=env)
+        assert status == 0, err
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p for p in written if not re.match(r"home/\.(cache|config)/matplotlib/", p)} == {
+        "home/.cache/torch/hub/checkpoints/digits-cnn-v1.pt",
+        *(f"made/for/it/{name}" for name in ("ckpt.pt", "log.csv", "curves.png", "samples.npz", "samples.json", "samples.png",
+                                             "x.png", "x.json"))}
 
 
 @pytest.mark.parametrize(("flags", "says"), [

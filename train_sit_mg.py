@@ -17,6 +17,8 @@ import io
 import itertools
 import math
 import os
+import resource
+import signal
 import textwrap
 import time
 from pathlib import Path
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 import fid
 import models
-from sample import save_grid, save_points, write_samples
+from sample import save_grid, save_points, together, write_samples
 
 # ================================================================ this script's own: the path
 
@@ -144,15 +146,18 @@ def parse_args(argv):
     p.add_argument("--accum", type=int, default=1, help="parts that a process makes of its share of a batch [%(default)s]")
     p.add_argument("--lr", type=float, help="of AdamW, constant, no weight decay [preset]")
     p.add_argument("--ema", type=float, help="decay of the moving average a step [preset]")
+    p.add_argument("--clip", type=float, metavar="NORM", help="scale longer gradients down to this norm [none]")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's passes (autocast) [%(default)s]")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--recompute", action="store_true", help="compute activations twice, not keep them: less memory, slower")
     p.add_argument("--seed", type=int, default=0, help="of everything that is drawn [%(default)s]")
     p.add_argument("--eval-every", type=int, help="steps between evaluations; 0: at the end only [preset]")
     p.add_argument("--eval-samples", type=int, help="images drawn for an evaluation; 0: just those in samples.png, not scored [preset]")
     p.add_argument("--eval-steps", type=int, help="sampling steps of an evaluation [preset]")
     p.add_argument("--eval-batch", type=int, help="images drawn at once, per process [preset]")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints; 0: at the end only [preset]")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints; 0: at evaluations and the end only [preset]")
     p.add_argument("--log-every", type=int, help="steps between rows of log.csv [preset]")
+    p.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU in bf16, for the MFU shown [known for some GPUs]")
     p.add_argument("--workers", type=int, default=4, help="processes that read images of a folder [%(default)s]")
     p.add_argument("--out", help="folder for ckpt.pt, log.csv, samples, curves.png [out/MODEL-DATA-wW]")
     args = p.parse_args(argv)
@@ -193,6 +198,9 @@ def parse_args(argv):
             ("--w-ramp", not (args.w_ramp and args.w_range), "left out with --w-range, which draws w"),
             ("--ema", 0 <= args.ema < 1, "0 up to, not with, 1"),
             ("--lr", 0 < args.lr < math.inf, "above 0"),
+            ("--clip", args.clip is None or 0 < args.clip < math.inf, "above 0"),
+            ("--peak", args.peak is None or 0 < args.peak < math.inf, "above 0"),
+            ("--recompute", not args.recompute or args.model != "MLP", "left out with the MLP, which has no blocks"),
             ("--seed", 0 <= args.seed < 2 ** 31, "0 to 2^31 - 1"),
             ("--eval-steps", KIND == "SiT" or args.eval_steps <= T, f"at most {T}"),
             *((f"--{name.replace('_', '-')}", getattr(args, name) >= 1, "at least 1")
@@ -208,11 +216,13 @@ def parse_args(argv):
 
 DRAWN = 0.2  # share of a batch that draws a scale in a scale-aware run; --drop is (empty, 0), the rest is at 1 (the authors)
 # Flags that may change when a run is resumed: they don't change what is trained.
-FREE = {"out", "steps", "accum", "compile", "workers", "eval_every", "eval_samples", "eval_steps", "eval_batch",
-        "save_every", "log_every"}
+FREE = {"out", "steps", "accum", "compile", "recompute", "peak", "workers", "eval_every", "eval_samples", "eval_steps",
+        "eval_batch", "save_every", "log_every"}
 LOWER, HIGHER = ("fid", "sfid", "outliers"), ("is", "precision", "recall", "accuracy", "coverage")  # scores, by what is better
 COLUMNS = ["step", "loss", "images_per_s", "w", *LOWER, *HIGHER]  # of log.csv
 PROBE = 1.1  # the CFG scale that --w auto tries on top
+# TFLOP/s, dense, in bf16 (V100: fp16)
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165, "V100": 125}
 
 
 def sampler(n, batch, micro, first_step, rank, world, seed):
@@ -272,13 +282,36 @@ def initialize(args, kwargs):
     return model, "warning: " + "; ".join(warnings) if warnings else None
 
 
+@contextlib.contextmanager
+def own_signals():
+    """SIGTERM and SIGINT end what is inside at once, until it says otherwise; the caller's own handlers are back after it."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def spare(_):
+    """A loader's process outlives a signal to the whole job, so that the step can be finished. A second SIGTERM is its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def memory(cuda):
+    """The most that this process has had, in GB: of the GPU's, or where there is none of the machine's."""
+    return (torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+
+
+@own_signals()
 def main(argv=None):
     args, parser = parse_args(argv)
     cuda, ddp = torch.cuda.is_available(), "RANK" in os.environ  # torchrun sets RANK
     if ddp:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # what's on the CPU is agreed on there
     rank, world = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -313,9 +346,16 @@ def main(argv=None):
                   "scale_aware": args.w_range is not None, "empty_class": args.empty == "class", "freq_divisor": 127, "kind": KIND}
         if args.empty == "labels" and args.num_labels >= kwargs["num_classes"]:
             raise ValueError(f"--num-labels {args.num_labels}: must be less than the number of classes, {kwargs['num_classes']}")
-        checkpoint, warning = None, None
-        if (out / "ckpt.pt").exists():
-            checkpoint = models.read_checkpoint(out / "ckpt.pt")
+        checkpoint, warning, path = None, None, out / "ckpt.pt"
+        files = [file for file in (path, models.previous(path)) if file.exists()]
+        if files:
+            try:
+                checkpoint, source = models.read_checkpoint(files[0]), files[0]
+            except ValueError as e:
+                if len(files) == 1:
+                    raise
+                checkpoint, source = models.read_checkpoint(files[1]), files[1]
+                warning = f"warning: {e}; going on from the one before, {source}"
             whole = isinstance(checkpoint, dict) and {"config", "step", "model", "ema", "optimizer"} <= set(checkpoint)
             if not whole or not isinstance(checkpoint["config"], dict):
                 raise ValueError(f"--out {out}: its ckpt.pt is not of this project; give another --out")
@@ -337,7 +377,9 @@ def main(argv=None):
                                      f"give the same flags to resume it, or another --out")
             if checkpoint["step"] > args.steps:
                 raise ValueError(f"--steps {args.steps}: the run in --out {out} is at step {checkpoint['step']} already")
+        cost = models.flops(model)
         model = model.to(device)
+        model.recompute = args.recompute
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
         first, auto = 0, {"w": 1.0, "score": None}  # of an automatic w: now, and at the last evaluation
@@ -359,8 +401,17 @@ def main(argv=None):
         reference = None
         if args.eval_samples and args.data != "grid":
             reference = fid.load_reference(args.data, features, size=args.image_size, progress=len(images) > 10_000)
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+        with together():
+            if rank == 0:
+                out.mkdir(parents=True, exist_ok=True)
+        seen = torch.tensor([first, -first])
+        if ddp:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        if seen.sum():
+            raise ValueError(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder "
+                             f"that all machines share")
+        if rank == 0 and checkpoint and source != path:
+            os.replace(source, path)  # or the next checkpoint would put the corrupt one in the place of the good one
     except (ValueError, OSError) as e:
         stop(e)
     if latents:
@@ -368,6 +419,8 @@ def main(argv=None):
             latents.fill(images, vae, args.workers)
         except (ValueError, OSError) as e:  # in this process alone
             parser.exit(2, f"{parser.prog}: error: {e}\n")
+    window = checkpoint.get("window", torch.empty(0)) if checkpoint else torch.empty(0)  # losses since the last row of log.csv
+    del checkpoint
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net, forward_sync_buffers=False) if world > 1 else net
     teacher = ema if args.teacher == "ema" else net
@@ -381,28 +434,19 @@ def main(argv=None):
     elif latents:
         data = iter(DataLoader(latents, sampler=order, batch_size=None, num_workers=args.workers, pin_memory=cuda))
     else:
-        data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
+        data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda, worker_init_fn=spare))
     # ---------------- logging and evaluation
-    def due(step):
-        return args.eval_every and step % args.eval_every == 0 and step < args.steps
+    rows, started = [], time.perf_counter()
 
-    rows, row, started = [], {"step": first}, time.perf_counter()
-    if rank == 0:
-        if first and (out / "log.csv").exists():
-            with open(out / "log.csv", newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= first]
-            if rows and first == int(rows[-1]["step"]) and (first == args.steps or due(first)):
-                row = rows.pop()  # checkpoints are from before the evaluation of their step: it is scored again
+    def write_log():
         with models.atomic(out / "log.csv") as f:
             f.write(table(rows).encode())
 
-    def log(row):
-        rows.append(row)
-        with open(out / "log.csv", "a", newline="") as f:
-            csv.DictWriter(f, COLUMNS).writerow(row)
+    def due(step):
+        return step == args.steps or (args.eval_every and step % args.eval_every == 0)
 
-    def evaluate(step, row):
-        """Draws with the EMA, one pass a step, in all processes; scores; writes samples and pictures."""
+    def evaluate(step):
+        """Draws with the EMA, one pass a step, in all processes; scores; writes samples and pictures. All else is saved."""
         path, classes = out / "samples.npz", len(images.classes)
         rows_of = torch.linspace(0, classes - 1, min(classes, 10)).long()  # the classes that samples.png shows, a row each
         labels = torch.arange(args.eval_samples) % classes if args.eval_samples else rows_of.repeat(10)
@@ -426,29 +470,55 @@ def main(argv=None):
             else:
                 more = auto["score"] is not None and sign * now < sign * auto["score"]
             auto.update(w=auto["w"] + args.auto_step * ((args.auto_max if more else 1) - auto["w"]), score=now)
-        if rank == 0:
-            log(row | metrics)
-            if metrics:
-                shown = f"{sum(w) / 2} of {w}" if args.w_range else round(w, 3)
-                tqdm.write(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | {' | '.join(metrics)} |\n"
-                           f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {shown} | "
-                           + " | ".join(f"{value:.3f}" for value in metrics.values()) + " |")
-            drawn = np.load(path)["arr_0"]
-            if args.data == "grid":
-                save_points(drawn, labels, out / "samples.png")
-            else:
-                columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
-                picture = torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])
-                save_grid(drawn[picture], out / "samples.png", columns)
-            save_curves(rows, out / "curves.png")
+        with together():
+            if rank == 0:
+                if not rows or int(rows[-1]["step"]) != step:  # log.csv was lost
+                    rows.append({"step": step})
+                rows[-1] |= metrics
+                write_log()
+                if metrics:
+                    shown = f"{sum(w) / 2} of {w}" if args.w_range else round(w, 3)
+                    tqdm.write(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | {' | '.join(metrics)} |\n"
+                               f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {shown} | "
+                               + " | ".join(f"{value:.3f}" for value in metrics.values()) + " |")
+                drawn = np.load(path)["arr_0"]
+                if args.data == "grid":
+                    save_points(drawn, labels, out / "samples.png")
+                else:
+                    columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
+                    picture = torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])
+                    save_grid(drawn[picture], out / "samples.png", columns)
+                save_curves(rows, out / "curves.png")
+
+    # ---------------- a signal lets a step be finished and saved; at any other time all is saved, and it ends the process
+    signals = []
+
+    def listen(on):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, (lambda number, _: signals.append(number)) if on else signal.SIG_DFL)
+        if signals and not on:  # it came after the last step that asked
+            os.kill(os.getpid(), signals[0])
 
     def uniform(*shape):
         return torch.rand(args.batch, *shape, generator=generator, device=device)
 
-    generator, losses, begin, done = torch.Generator(device), [], time.perf_counter(), first
-    if first and due(first):
-        evaluate(first, row)
+    peak = args.peak or next((peak for name, peak in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
+    kept = (DRAWN if args.w_range else 1 - args.drop if args.w != 1 else 0) * args.t_max  # the share that is guided
+    teaching = (args.num_labels if args.empty == "labels" else 1) + (args.teacher == "ema" or args.w_range is not None)
+    generator, losses, norms, begin, done = torch.Generator(device), [], [], time.perf_counter(), first
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
+    try:
+        with together():
+            if rank == 0:
+                if first and (out / "log.csv").exists():
+                    with open(out / "log.csv", newline="") as f:
+                        rows += [row for row in csv.DictReader(f) if int(row["step"]) <= first]
+                write_log()
+        if first and due(first):  # ended during this evaluation, or before
+            evaluate(first)
+    except (ValueError, OSError) as e:
+        stop(e)
+    listen(True)
     for step in bar:
         # ============================================================ the training step
         generator.manual_seed(mix(args.seed, 0, step))  # everything is drawn for the global batch: any split gives the same
@@ -489,43 +559,71 @@ def main(argv=None):
                                **{key: value[part] for key, value in draws.items()}).mean() / args.accum
                 loss.backward()
             losses.append(loss.detach())
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        if args.clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.clip, norms[-1])
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
         # ============================================================ below: log, evaluate, save
         step += 1
-        saving = step == args.steps or (args.save_every and step % args.save_every == 0)
-        if not (due(step) or saving or step % args.log_every == 0):
-            continue
-        window = torch.stack(losses).view(-1, args.accum).sum(1)                                   # (steps since the last row,)
+        ended = torch.tensor(signals[:1] or [0])
         if ddp:
-            dist.all_reduce(window)
-            window /= world
-        finite = torch.cat([window.isfinite(), torch.stack([p.isfinite().all() for p in weights]).all()[None] if saving
-                            else window.isfinite()[:0]])
+            dist.all_reduce(ended, dist.ReduceOp.MAX)  # a signal in one process is one for all; on the CPU, the GPU works on
+        ended = int(ended)
+        saving = due(step) or (args.save_every and step % args.save_every == 0)
+        logging = saving or step % args.log_every == 0
+        if not (logging or ended):
+            continue
+        new = torch.stack([torch.stack(losses).view(-1, args.accum).sum(1), torch.stack(norms)])   # (2, steps since last here)
+        if ddp:
+            dist.all_reduce(new)
+            new /= world
+        finite = new.isfinite().all(0)
+        if saving or ended:
+            finite = torch.cat([finite, torch.stack([p.isfinite().all() for p in weights]).all()[None]])
         if not finite.all():
             bar.close()
             bad = min(done + 1 + int((~finite).nonzero()[0]), step)
-            stop(f"the loss of step {bad}, or a weight after it, is not finite; the last good checkpoint stays in --out {out}. "
-                 f"Lower --lr or --w, or use --dtype fp32")
-        row = {"step": step, "loss": float(window.mean()), "w": None if args.w_range else round(float(w[0]), 6),
-               "images_per_s": round((step - done) * args.batch / (time.perf_counter() - begin), 1)}
-        bar.set_postfix(loss=f"{row['loss']:.4f}")
-        if saving and rank == 0:
-            models.save_checkpoint(out / "ckpt.pt", {"config": config, "step": step, "model": model.state_dict(),
-                                              "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-                                   | ({"auto": auto} if args.w == "auto" else {}))
-        if due(step):
-            evaluate(step, row)
-        elif rank == 0 and step < args.steps:
-            log(row)
-        losses, begin, done = [], time.perf_counter(), step
+            stop(f"the loss or the gradient of step {bad}, or a weight after it, is not finite; the last good checkpoint stays "
+                 f"in --out {out}. Lower --lr or --w, give --clip, or use --dtype fp32")
+        window = torch.cat([window, new[0].cpu()])
+        if logging:
+            speed = (step - done) * args.batch / (time.perf_counter() - begin)
+            rows.append({"step": step, "loss": float(window.mean()), "images_per_s": round(speed, 1),
+                         "w": None if args.w_range else round(float(w[0]), 6)})
+            # the network's useful work, student and teacher; neither the VAE's nor what is recomputed
+            mfu = speed * cost * models.passes(kept if step > args.start else 0, teaching) / (world * (peak or math.inf) * 1e12)
+            bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, gradient {new[1].mean():.3g}, {speed:.4g} images/s, MFU "
+                                f"{f'{mfu:.1%}' if peak else 'unknown'}, {memory(cuda):.1f} GB")
+            window = torch.empty(0)
+        losses, norms, begin, done = [], [], time.perf_counter(), step
+        try:
+            with together():
+                if rank == 0 and logging:  # before the checkpoint: a run that goes on from this step has its row
+                    write_log()
+                if rank == 0 and (saving or ended):
+                    models.save_checkpoint(path, {"config": config, "step": step, "model": model.state_dict(), "window": window,
+                                                  "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+                                           | ({"auto": auto} if args.w == "auto" else {}))
+            if ended:
+                bar.close()
+                parser.exit(128 + ended, None if rank else f"{signal.Signals(ended).name}: step {step} is saved in {path}; the "
+                                                           f"same command goes on from there\n")
+            if due(step):
+                listen(False)
+                evaluate(step)
+                listen(True)
+                begin = time.perf_counter()
+        except (ValueError, OSError) as e:
+            bar.close()
+            stop(e)
     bar.close()
-    evaluate(args.steps, row)
     if rank == 0:
         print(f"\n{args.steps - first} steps and the evaluation in {time.perf_counter() - started:.0f} s; {out} has ckpt.pt, log.csv, "
               f"curves.png, samples.png, samples.npz")
     if ddp:
+        del net, teacher  # before its process group: as that one's last owner it would wait for gloo's threads, they for the GIL
         dist.destroy_process_group()
 
 
@@ -576,7 +674,7 @@ def save_curves(rows, path):
     for axis, name in zip(axes, ("loss", ", ".join(drawn) or "not scored"), strict=True):
         axis.set(xlabel="step", ylabel=name, yscale="log")
         axis.grid(alpha=0.3)
-    if len({row.get("w") for row in rows}) > 1:
+    if len({float(row["w"]) for row in rows if row.get("w") not in (None, "")}) > 1:  # from a file they are text
         right = axes[1].twinx()
         draw(right, "w", "w", color="gray", linestyle="--")
         right.set(ylabel="w (dashed)")
