@@ -348,8 +348,9 @@ def draw_panels(model, plain, path, *, w, cfg, num, seed, **options):
         for i in range(60):
             axes[1, column].plot(*paths[:, i].T, color=COLOURS[labels[i]], linewidth=0.5)
         plot_points(axes[1, column], x[:60], labels[:60], size=6)
-        density, *_ = np.histogram2d(*x.T.numpy(), bins=52, range=[(-2.6, 2.6)] * 2, density=True)
-        axes[2, column].imshow(density.T, origin="lower", extent=(-2.6, 2.6) * 2, cmap="magma", vmin=0, vmax=3 / 16)  # exact: 1/16 everywhere
+        counts, *_ = np.histogram2d(*x.T.numpy(), bins=52, range=[(-2.6, 2.6)] * 2)
+        axes[2, column].imshow(counts.T / num / 0.1 ** 2, origin="lower", extent=(-2.6, 2.6) * 2, cmap="magma",
+                               vmin=0, vmax=3 / 16)  # exact: 1/16 on all of the board
         axes[2, column].set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], ("samples", "paths", "density"), strict=True):
         axis.set_ylabel(name)
