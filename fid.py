@@ -425,8 +425,8 @@ class InceptionV3(nn.Module):
             if wrong:
                 raise ValueError(f"{wrong[0]} differs from pytorch-fid's layout")
         except Exception as e:  # noqa: BLE001  no network, or whatever torch.load does with a foreign file
-            raise ValueError(f"{path}: no Inception weights ({(str(e) or type(e).__name__).splitlines()[0]}); get "
-                             f"{INCEPTION_URL} and give it as --weights") from None
+            raise ValueError(f"{path}: no Inception weights ({(str(e) or type(e).__name__).splitlines()[0]}); put "
+                             f"{INCEPTION_URL} there") from None
         for conv in convs:  # batch norm folded in: gamma (W x - mean) / sqrt(var + 0.001) + beta
             w, gamma, beta, mean, var = (state[k].double() for k in conv.keys)
             scale = gamma / (var + 0.001).sqrt()
@@ -610,12 +610,17 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     if not stats or "arr_0" in keys:
         images = open_images(reference, size)
         check_size(images, features)
-    rank, _ = world()
-    if dist.is_initialized() and rank > 0:
-        dist.barrier()  # rank 0 downloads or trains
-    net = InceptionV3(weights) if features == "inception" else digits_net()
-    if dist.is_initialized() and rank == 0:
-        dist.barrier()
+    error = [None]
+    for turn in (True, False):  # rank 0 downloads or trains, then the others find what it left
+        if (world()[0] == 0) == turn:
+            try:
+                net = InceptionV3(weights) if features == "inception" else digits_net()
+            except ValueError as e:
+                error = [str(e)]
+        if turn and dist.is_initialized():
+            dist.broadcast_object_list(error, 0)
+        if error[0]:
+            raise ValueError(error[0])
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     ref = SimpleNamespace(kind=features, net=net, images=images, count=None, features=None)
     if images:

@@ -431,7 +431,8 @@ class Latents(Dataset):
 
 
 # ---------------------------------------------------------------- checkpoints
-# Ours: {"config": plain values, "step": int, "model": state dict, "ema": state dict, "optimizer": state dict}.
+# Ours: {"config": plain values, "step": int, "model": state dict, "ema": state dict, "optimizer": state dict, "window": losses
+# since the last row of log.csv, and with --w auto "auto": {"w", "score"}}.
 
 @contextlib.contextmanager
 def atomic(path):

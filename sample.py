@@ -3,7 +3,8 @@
 
 Conventions, here and in the train scripts: larger t is noisier. SiT: t in [0, 1], x_t = (1-t) x_0 + t eps, and the
 network predicts v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps. Guidance scale 1 is off, for cfg (here,
-two passes a step) and for w (trained, one pass). Label num_classes is the empty class. Images are NCHW in [-1, 1].
+two passes a step) and for w (trained, one pass). Label num_classes is the empty class. Images are NCHW in [-1, 1], latents
+the VAE's times its scaling_factor.
 """
 import argparse
 import contextlib
@@ -219,7 +220,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
             if parts.exists() and not go_on:
                 shutil.rmtree(parts)
             parts.mkdir(parents=True, exist_ok=True)
-            if (parts / "record.json").exists():
+            if any(parts.glob("*.npy")) and (parts / "record.json").exists():  # without any, nothing is lost
                 for key, value in json.loads((parts / "record.json").read_text()).items():
                     if record.get(key) != value:
                         raise ValueError(f"{parts} holds an interrupted run with {key} {value}, not {record.get(key)}: "
@@ -443,6 +444,9 @@ def parse_args(argv):
             ("--cfg", args.cfg, args.cfg is None or math.isfinite(args.cfg), "a number"),
             ("--figure", args.figure, not args.figure or (args.figure.endswith(".png") and args.compare), "a .png, with --compare"),
             ("--compare", args.compare, args.figure or not args.compare, "left out without --figure"),
+            ("--figure", args.figure, not args.figure or not (args.labels or args.class_labels or args.w or args.to_diffusers or args.vae),
+             "given without --labels, --class-labels, --w, --vae and --to-diffusers"),
+            ("--interval", args.interval, tuple(args.interval) == (0, 1) or args.cfg not in (None, 1), "left out without --cfg"),
             ("CKPT", " ".join(args.checkpoint), args.figure or len(args.checkpoint) == 1, "one, unless --figure is given"),
             ("--w", args.w, args.w is None or math.isfinite(args.w), "a number"),
             ("--batch", args.batch, args.batch > 0, "at least 1"),
@@ -504,17 +508,21 @@ def main(argv=None):
     if "RANK" in os.environ:  # under torchrun
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")  # the processes only wait for each other
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as the train scripts
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         if args.figure:
-            main_figure(args)
+            if rank == 0:
+                main_figure(args)
             return
         model, config = load_checkpoint(args.checkpoint, weights=args.weights, device=device)
         labels, rule, columns = choose_labels(args, model.num_classes)
         vae_name = args.vae or config["vae"]
         vae = None if vae_name in (None, "none") else load_vae(vae_name, device)
+        if vae and vae.config.latent_channels != model.in_channels:
+            raise ValueError(f"--vae {vae_name}: has {vae.config.latent_channels} channels, and this checkpoint {model.in_channels}")
         if args.w is not None and not model.scale_aware:
             raise ValueError(f"--w {args.w}: this checkpoint was trained at one scale; --w needs one trained with --w-range")
         if args.cfg != 1 and not model.empty_class:

@@ -3,8 +3,8 @@
 Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Peebles & Xie 2023 (DiT). The same command again resumes.
 
 Conventions, here and in sample.py:
-- larger t is noisier: t in 0..999, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, and the network predicts eps and, in C
-  more channels, where the reverse variance lies between its bounds (improved DDPM, Eq. 15)
+- larger t is noisier, t = 999 almost pure noise: t in 0..999, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, and the network
+  predicts eps and, in C more channels, where the reverse variance lies between its bounds (improved DDPM, Eq. 15)
 - w = 1 is no guidance (Table 3's scale; Eq. 18 and 20 write our w-1 as w); label num_classes is the empty class
 - images are NCHW in [-1, 1]; latents are the VAE's times its scaling_factor
 """
@@ -44,6 +44,8 @@ def draw_t(u):
     return (u * T).long()
 
 
+# ================================================================ the same in train_dit_mg.py and train_sit_mg.py: presets
+
 PRESETS = {  # defaults by --data
     "digits": {"model": f"{KIND}-T/2", "image_size": 8, "vae": "none", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": 2400,
                "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "save_every": 800, "log_every": 50, "eval_batch": 500},
@@ -56,9 +58,11 @@ PRESETS = {  # defaults by --data
 }
 
 
+# ================================================================ this script's own: the corruption
+
 def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num_labels=4,
             t=None, noise=None, dropped=None, order=None):
-    """The loss of every sample, (N,). The unit to copy: it needs a network and its moving average, and nothing else here.
+    """The loss of every sample, (N,). The unit to copy, with what of this file it names.
 
     model(x_t (N, C, H, W), t (N,), y (N,)) -> (N, 2C, H, W), or eps alone; it has num_classes, and takes w (N,) too if scale_aware.
     teacher: the EMA network (Eq. 18), the model itself (Eq. 20: its own output is reused), or None: plain diffusion.
@@ -79,6 +83,8 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
     # 2. guide: K samples, those that keep their label and have t <= t_max, where w does something
     net, C = getattr(model, "module", model), x0.shape[1]  # DDP hides attributes
     scale_aware = getattr(net, "scale_aware", False)
+    if empty not in ("class", "labels") or (empty == "labels" and not 0 < num_labels < net.num_classes):
+        raise ValueError(f"empty {empty!r} with num_labels {num_labels}: must be class, or labels with 1 to {net.num_classes - 1} of them")
     if dropped is None:
         dropped = torch.rand(len(x0), device=x0.device) < (drop if empty == "class" else 0)
     w = torch.as_tensor(w, dtype=target.dtype, device=x0.device).expand(len(x0))
@@ -123,7 +129,7 @@ def variational_bound(x0, noise, eps, v, t):
     x0, noise, eps, v = (x.double() for x in (x0, noise, eps, v))
     abar, beta = (table.to(x0.device)[t].view(-1, 1, 1, 1) for table in (models.ALPHA_BARS, models.BETAS))
     low = beta * (1 - abar / (1 - beta)) / (1 - abar)                                              # the posterior's variance
-    low = torch.where(low > 0, low, models.BETAS[1] * models.BETAS[0] / (1 - models.ALPHA_BARS[1])).log()               # at t = 0: that of t = 1
+    low = torch.where(low > 0, low, models.BETAS[1] * models.BETAS[0] / (1 - models.ALPHA_BARS[1])).log()  # at t = 0: that of t = 1
     log_var = low + (v + 1) / 2 * (beta.log() - low)
     off = beta / ((1 - abar) * (1 - beta)).sqrt() * (eps - noise)                                  # mean of q minus mean of p
     kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + off.square() * (-log_var).exp())
@@ -145,12 +151,13 @@ def parse_args(argv):
         return text if text == "auto" else float(text)
     p = argparse.ArgumentParser(description=f"{__doc__}\npresets (defaults by --data):\n{presets}", usage=argparse.SUPPRESS,
                                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8), grid (Fig. 2's points) or a folder of class folders [%(default)s]")
+    p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8), grid (Fig. 2's points) or a folder of class "
+                   "folders [%(default)s]")
     p.add_argument("--image-size", type=int, help="pixels [preset]")
     p.add_argument("--vae", help="hub name or folder of the encoder; none: train on pixels [preset]")
     p.add_argument("--latents", metavar="DIR", help="encode all images once, into this folder (ImageNet-256: about 42 GB), and train "
                                                     "from it [encode in every step]")
-    p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, what this script trains [preset]")
+    p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, of the kind that this script trains, or MLP [preset]")
     p.add_argument("--w", type=scale, help="guidance scale, 1 is off, acts as CFG at 1/(2-w) (Eq. 18, 20); or auto (3.3) [1.5]")
     p.add_argument("--auto-rule", choices=["probe", "paper"], help="raise an automatic w at an evaluation where, probe: CFG 1.1 on top "
                    "scores better; paper: the score got worse since the last one; lower it otherwise [probe]")
@@ -160,6 +167,7 @@ def parse_args(argv):
     p.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="scale-aware: draw w from here (Eq. 21, 22)")
     p.add_argument("--drop", type=float, help="share of samples that get the empty class (Table 4) [0.1]")
     p.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1 [%(default)s]")
+    # torchrun takes a script's --start for its own --start-method, unless a "--" stands before the script
     p.add_argument("--start", "--start-step", type=int, default=0, help="steps of plain training first [%(default)s]")
     p.add_argument("--w-ramp", type=int, help="steps over which w then rises from 1 [0; with --init 1000]")
     p.add_argument("--init", metavar="CKPT", help="start from these weights: ours, or DiT's, SiT's, REPA's, MG's files [random]")
@@ -173,10 +181,11 @@ def parse_args(argv):
     p.add_argument("--ema", type=float, help="decay of the moving average a step [preset]")
     p.add_argument("--clip", type=float, metavar="NORM", help="scale longer gradients down to this norm [none]")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's passes (autocast) [%(default)s]")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network that is trained")
     p.add_argument("--recompute", action="store_true", help="compute activations twice, not keep them: less memory, slower")
     p.add_argument("--seed", type=int, default=0, help="of everything that is drawn [%(default)s]")
     p.add_argument("--eval-every", type=int, help="steps between evaluations; 0: at the end only [preset]")
+    p.add_argument("--reference", help="what samples are scored against: an ADM .npz, one of fid.py --save-stats, or a folder [--data]")
     p.add_argument("--eval-samples", type=int, help="images drawn for an evaluation; 0: just those in samples.png, not scored [preset]")
     p.add_argument("--eval-steps", type=int, help="sampling steps of an evaluation [preset]")
     p.add_argument("--eval-batch", type=int, help="images drawn at once, per process [preset]")
@@ -186,6 +195,7 @@ def parse_args(argv):
     p.add_argument("--workers", type=int, default=4, help="processes that read images of a folder [%(default)s]")
     p.add_argument("--out", help="folder for ckpt.pt, log.csv, samples, curves.png [out/MODEL-DATA-wW]")
     args = p.parse_args(argv)
+    args.data = os.path.normpath(args.data)
     for key, value in PRESETS.get(args.data, PRESETS["folder"]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -208,8 +218,12 @@ def parse_args(argv):
     if args.out is None:
         scale = "-".join(map(str, args.w_range)) if args.w_range else args.w
         args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).name}-w{scale}"
+    metrics = ["outliers", "coverage"] if args.data == "grid" else [
+        "fid", "sfid", "is", "precision", "recall"] + ["accuracy"] * (args.data == "digits")
     for flag, ok, rule in [
             ("--w", args.w_range or args.w == "auto" or math.isfinite(args.w), "a number, or auto"),
+            ("--auto-metric", args.w != "auto" or args.auto_metric in metrics, f"one of {', '.join(metrics)} with this --data"),
+            ("--reference", args.reference is None or args.data != "grid", "left out with --data grid, which is known exactly"),
             ("--auto-step", args.w != "auto" or 0 < args.auto_step <= 1, "above 0, up to 1"),
             ("--auto-max", args.w != "auto" or 1 < args.auto_max < 2, "between 1 and 2, where MG has no bound"),
             ("--auto-rule", args.auto_rule != "probe" or args.empty == "class", "paper with --empty labels: CFG needs the empty class"),
@@ -241,7 +255,7 @@ def parse_args(argv):
 
 DRAWN = 0.2  # share of a batch that draws a scale in a scale-aware run; --drop is (empty, 0), the rest is at 1 (the authors)
 # Flags that may change when a run is resumed: they don't change what is trained.
-FREE = {"out", "steps", "accum", "compile", "recompute", "peak", "workers", "eval_every", "eval_samples", "eval_steps",
+FREE = {"out", "steps", "accum", "compile", "recompute", "peak", "workers", "eval_every", "eval_samples", "eval_steps", "reference",
         "eval_batch", "save_every", "log_every"}
 LOWER, HIGHER = ("fid", "sfid", "outliers"), ("is", "precision", "recall", "accuracy", "coverage")  # scores, by what is better
 COLUMNS = ["step", "loss", "images_per_s", "w", *LOWER, *HIGHER]  # of log.csv
@@ -282,7 +296,7 @@ def initialize(args, kwargs):
     state, here, warnings = source.state_dict(), model.state_dict(), []
     table = "y_embedder.embedding_table.weight"
     old, new = state.get(table), here[table]
-    if source.kind != KIND or old is None:
+    if source.kind != KIND:
         raise ValueError(f"--init {args.init}: this is a {source.kind} {config['model']}, and this script trains {KIND}")
     n, ours = kwargs["num_classes"], "drop" in config
     if source.num_classes == n and kwargs["empty_class"] <= source.empty_class:
@@ -346,8 +360,17 @@ def main(argv=None):
         """Ends the run with one line, of the first process only: the others would say the same."""
         parser.exit(2, None if rank else f"{parser.prog}: error: {error}\n")
 
+    @contextlib.contextmanager
+    def agreed():
+        """What all processes do for themselves; an error in any of them ends all, with its line."""
+        try:
+            with together():
+                yield
+        except (ValueError, OSError) as e:
+            stop(e)
+
     # ---------------- everything that depends on the user's input, before anything is written
-    try:
+    with agreed():
         if args.batch % (world * args.accum):
             raise ValueError(f"--batch {args.batch}: must be a multiple of processes times --accum, {world} x {args.accum}")
         features = "digits" if args.data == "digits" else "inception"
@@ -393,8 +416,8 @@ def main(argv=None):
         if model.kind != KIND:
             raise ValueError(f"--model {args.model}: this script trains {KIND}; train_{model.kind.lower()}_mg.py trains that")
         # what the weights depend on, and all that sample.py needs to know
-        free = FREE - {"eval_every", "eval_samples", "eval_steps"} if args.w == "auto" else FREE
-        config = {key: value for key, value in vars(args).items() if key not in free} | kwargs
+        free = FREE - {"eval_every", "eval_samples", "eval_steps", "reference"} if args.w == "auto" else FREE
+        config = {key: value for key, value in vars(args).items() if key not in free} | kwargs | {"images": len(images)}
         if checkpoint:
             for key, value in checkpoint["config"].items():
                 if config.get(key) != value:
@@ -423,27 +446,23 @@ def main(argv=None):
             print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(images)} images of "
                   f"{len(images.classes)} classes, {world} x {device.type}" + (f", resuming from step {first}" if first else ""))
             print(describe_w(args, len(images.classes)), *([warning] if warning else []), sep="\n", flush=True)
-        reference = None
-        if args.eval_samples and args.data != "grid":
-            reference = fid.load_reference(args.data, features, size=args.image_size, progress=len(images) > 10_000)
-        with together():
-            if rank == 0:
-                out.mkdir(parents=True, exist_ok=True)
-        seen = torch.tensor([first, -first])
-        if ddp:
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
-        if seen.sum():
-            raise ValueError(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder "
-                             f"that all machines share")
-        if rank == 0 and checkpoint and source != path:
-            os.replace(source, path)  # or the next checkpoint would put the corrupt one in the place of the good one
-    except (ValueError, OSError) as e:
-        stop(e)
-    if latents:
-        try:
+    seen = torch.tensor([first, -first])
+    if ddp:
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+    if seen.sum():
+        stop(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder that all machines share")
+    try:
+        reference = fid.load_reference(args.reference or args.data, features, size=args.image_size, progress=len(
+            images) > 10_000) if args.eval_samples and args.data != "grid" else None
+        if latents:
             latents.fill(images, vae, args.workers)
-        except (ValueError, OSError) as e:  # in this process alone
-            parser.exit(2, f"{parser.prog}: error: {e}\n")
+    except (ValueError, OSError) as e:  # in this process alone
+        parser.exit(2, f"{parser.prog}: error: {e}\n")
+    with agreed():
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            if checkpoint and source != path:
+                os.replace(source, path)  # or the next checkpoint would put the corrupt one in the place of the good one
     window = checkpoint.get("window", torch.empty(0)) if checkpoint else torch.empty(0)  # losses since the last row of log.csv
     del checkpoint
     net = torch.compile(model) if args.compile else model
@@ -457,7 +476,8 @@ def main(argv=None):
         tensors = TensorDataset(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
         data = iter(DataLoader(tensors, sampler=order, batch_size=None))
     elif latents:
-        data = iter(DataLoader(latents, sampler=order, batch_size=None, num_workers=args.workers, pin_memory=cuda))
+        data = iter(DataLoader(latents, sampler=order, batch_size=None, num_workers=args.workers, pin_memory=cuda,
+                               worker_init_fn=spare))
     else:
         data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda, worker_init_fn=spare))
     # ---------------- logging and evaluation
@@ -482,9 +502,11 @@ def main(argv=None):
                           record={"checkpoint": str(out / "ckpt.pt"), "step": step, "weights": "ema", "model": args.model,
                                   "trained_w": w, "vae": args.vae, "class_labels": "balanced", "labels": None},
                           steps=args.eval_steps, w=sum(args.w_range) / 2 if args.w_range else None, go_on=False)
+            if not args.eval_samples:
+                return {}
             if args.data == "grid":
                 return models.grid_scores(torch.from_numpy(np.load(path)["arr_0"]), labels)
-            return fid.evaluate(path, reference, features) if reference else {}
+            return fid.evaluate(path, reference)
         metrics = score(path, 1.0)
         if args.w == "auto" and step >= args.start and step < args.steps:
             # 3.3: w moves as a moving average towards its bounds. The paper's words, "raised when quality decreases and suppressed
@@ -531,18 +553,21 @@ def main(argv=None):
     kept = (DRAWN if args.w_range else 1 - args.drop if args.w != 1 else 0) * args.t_max  # the share that is guided
     teaching = (args.num_labels if args.empty == "labels" else 1) + (args.teacher == "ema" or args.w_range is not None)
     generator, losses, norms, begin, done = torch.Generator(device), [], [], time.perf_counter(), first
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
-    try:
-        with together():
-            if rank == 0:
-                if first and (out / "log.csv").exists():
+    with agreed():
+        if rank == 0:
+            if first and (out / "log.csv").exists():
+                try:
                     with open(out / "log.csv", newline="") as f:
                         rows += [row for row in csv.DictReader(f) if int(row["step"]) <= first]
-                write_log()
-        if first and due(first):  # ended during this evaluation, or before
+                except (KeyError, TypeError, ValueError):
+                    raise ValueError(f"{out / 'log.csv'}: not of this project, or torn; delete it") from None
+            write_log()
+    if first and due(first):  # ended during this evaluation, or before
+        try:
             evaluate(first)
-    except (ValueError, OSError) as e:
-        stop(e)
+        except (ValueError, OSError) as e:
+            stop(e)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
     listen(True)
     for step in bar:
         # ============================================================ the training step
@@ -555,7 +580,7 @@ def main(argv=None):
             lo, hi = args.w_range
             w = torch.where(uniform() < DRAWN / (1 - args.drop), lo + (hi - lo) * uniform(), 1.0)
         else:
-            risen = min(1, (step + 1 - args.start) / args.w_ramp) if args.w_ramp else 1
+            risen = 0 if step < args.start else min(1, (step + 1 - args.start) / args.w_ramp) if args.w_ramp else 1
             scale = auto["w"] if args.w == "auto" else args.w
             w = torch.full((args.batch,), 1 + (scale - 1) * risen, device=device)
         flip = uniform(1, 1, 1) < (0 if args.data in ("digits", "grid") else 0.5)
@@ -622,7 +647,7 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, gradient {new[1].mean():.3g}, {speed:.4g} images/s, MFU "
                                 f"{f'{mfu:.1%}' if peak else 'unknown'}, {memory(cuda):.1f} GB")
             window = torch.empty(0)
-        losses, norms, begin, done = [], [], time.perf_counter(), step
+        losses, norms, done = [], [], step
         try:
             with together():
                 if rank == 0 and logging:  # before the checkpoint: a run that goes on from this step has its row
@@ -639,7 +664,7 @@ def main(argv=None):
                 listen(False)
                 evaluate(step)
                 listen(True)
-                begin = time.perf_counter()
+            begin = time.perf_counter()
         except (ValueError, OSError) as e:
             bar.close()
             stop(e)
@@ -686,7 +711,8 @@ def save_curves(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure.subplots_adjust(left=0.08, right=0.92, bottom=0.16, top=0.95, wspace=0.25)  # a layout engine takes a second
     scores = {"fid": "Fréchet distance (lower is better)", "outliers": "share of outliers", "coverage": "coverage of the cells"}
 
     def draw(axis, key, name, **style):
