@@ -722,6 +722,8 @@ def test_sample_grid(checkpoint, tmp_path):
     (["--out", "x.jpg"], "--out x.jpg"),
     (["--labels", 1, "--class-labels", "random"], "--class-labels random"),
     (["--vae", "nowhere"], "--vae nowhere"),
+    (["--interval", 0, 0.5], "--interval"),
+    (["--figure", "x.png", "--compare", "x.pt", "--labels", 1], "--figure x.png"),
 ])
 def test_sample_refuses(checkpoint, argv, says, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -753,6 +755,12 @@ def test_bad_checkpoints(checkpoint, tmp_path):
         assert f"{name}.pt" in error_of(sample.main, tmp_path / f"{name}.pt", "--out", tmp_path / "x.png")
     assert error_of(sample.main, tmp_path)
     assert not (tmp_path / "x.png").exists() and not Path(os.environ["TORCH_HOME"], "evil").exists()
+
+
+def test_a_vae_of_other_channels_leaves_nothing_behind(checkpoint, tmp_path):
+    tiny_vae(tmp_path)
+    assert "--vae" in error_of(sample.main, checkpoint, "--vae", tmp_path / "vae", "--steps", 1, "--out", tmp_path / "x.png")
+    assert not list(tmp_path.glob("x.*"))
 
 
 # ---------------------------------------------------------------- the train scripts' run
@@ -1424,6 +1432,41 @@ def test_more_that_is_refused_before_training(tmp_path):
         assert "3.png" in error_of(train_sit_mg.main, *TINY[:4], *flags, "--steps", 3, "--workers", workers, "--out", tmp_path / "o")
 
 
+def test_an_error_in_one_process_ends_all_with_its_line(tmp_path, capfd):
+    """A folder that one machine alone lacks, a corrupt image that one process alone reads for the reference."""
+    image_folder(tmp_path / "here")
+    flags = [*TINY, "--model", "SiT-T/2", "--image-size", 16, "--vae", "none", "--eval-samples", 0, "--out", tmp_path / "out"]
+
+    def main():
+        train_sit_mg.main([*map(str, flags), "--data", str(tmp_path / ("here" if os.environ["RANK"] == "0" else "nowhere"))])
+    assert in_processes(2, main) == [2, 2]
+    assert capfd.readouterr().err.count("nowhere") == 1 and not (tmp_path / "out").exists()
+
+
+def test_w_is_logged_as_it_acts(tmp_path):
+    train("SiT", tmp_path, "--steps", 5, "--w", 1.6, "--start", 2, "--w-ramp", 3)
+    with open(tmp_path / "log.csv", newline="") as f:
+        assert [float(row["w"]) for row in csv.DictReader(f)] == pytest.approx([1, 1, 1.2, 1.4, 1.6])
+
+
+def test_a_data_set_that_changed_is_refused(tmp_path):
+    image_folder(tmp_path / "images")
+    flags = ["--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 16, "--vae", "none", "--eval-samples", 0, "--workers", 0]
+    train("SiT", tmp_path / "out", *flags, "--steps", 1)
+    shutil.copy(tmp_path / "images" / "cat" / "0.png", tmp_path / "images" / "cat" / "new.png")
+    assert "images 12, not 13" in error_of(train_sit_mg.main, *TINY, *flags, "--steps", 2, "--out", tmp_path / "out")
+    (tmp_path / "out" / "log.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "images" / "cat" / "new.png").unlink()
+    assert "log.csv" in error_of(train_sit_mg.main, *TINY, *flags, "--steps", 2, "--out", tmp_path / "out")
+
+
+def test_mg_loss_refuses_what_would_mean_something_else():
+    b = batch()
+    for options in ({"empty": "lables"}, {"empty": "labels", "num_labels": 10}, {"empty": "labels", "num_labels": 0}):
+        with pytest.raises(ValueError, match="num_labels"):
+            train_sit_mg.mg_loss(random_model(), random_model(), b["x0"], b["y"], 1.5, **options)
+
+
 def test_the_average_is_no_graph(tmp_path, monkeypatch):
     """The EMA is changed in place by numbers; a graph of all its steps would eat the memory of a long run."""
     averages, real = [], torch._foreach_lerp_
@@ -1870,17 +1913,19 @@ def test_automatic_w(rule, scores, expected, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "samples.json").read_text())["trained_w"] == pytest.approx(expected[-1])
 
 
-def test_automatic_w_resumes_bit_for_bit(tmp_path):
-    """Also where the checkpoint's step was to be evaluated: checkpoints are from before that."""
+def test_automatic_w_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """Also where the checkpoint's step was to be evaluated: checkpoints are from before that. More guidance always scores better here."""
+    falling = itertools.count(0, -1)
+    monkeypatch.setattr(train_sit_mg.fid, "evaluate", lambda *_: {"fid": next(falling)})
     flags = ["--w", "auto", "--eval-every", 2, "--auto-step", 0.5]
     train("SiT", tmp_path / "whole", "--steps", 5, *flags)
     train("SiT", tmp_path / "parts", "--steps", 2, *flags)
     train("SiT", tmp_path / "parts", "--steps", 3, *flags)
     train("SiT", tmp_path / "parts", "--steps", 5, *flags)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
-    logs = [[(row["step"], row["loss"], row["w"], row["fid"]) for row in csv.DictReader((tmp_path / name / "log.csv").open())]
+    logs = [[(row["step"], row["loss"], row["w"]) for row in csv.DictReader((tmp_path / name / "log.csv").open())]
             for name in ("whole", "parts")]
-    assert [row[:3] for row in logs[0]] == [row[:3] for row in logs[1]] and logs[0][3] == logs[1][3]
+    assert logs[0] == logs[1] and [float(w) for _, _, w in logs[0]] == [1, 1, 1.45, 1.45, 1.675]
     assert "eval_every 2, not 3" in error_of(train_sit_mg.main, *TINY, "--steps", 6, *flags, "--eval-every", 3, "--out", tmp_path / "whole")
 
 
