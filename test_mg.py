@@ -1443,6 +1443,15 @@ def test_an_error_in_one_process_ends_all_with_its_line(tmp_path, capfd):
     assert capfd.readouterr().err.count("nowhere") == 1 and not (tmp_path / "out").exists()
 
 
+def test_scores_against_a_reference_file(tmp_path, capsys):
+    """--reference with what fid.py --save-stats wrote of the digits: the same scores as with --data's own images."""
+    train("SiT", tmp_path / "a", "--steps", 1)
+    fid.main([str(tmp_path / "a" / "samples.npz"), "digits", "--save-stats", str(tmp_path / "ref.npz")])
+    train("SiT", tmp_path / "b", "--steps", 1, "--reference", tmp_path / "ref.npz")
+    a, b = ([float(v) for v in list(csv.DictReader((tmp_path / name / "log.csv").open()))[-1].values() if v] for name in "ab")
+    assert a[3:] == pytest.approx(b[3:], rel=1e-4) and a[4] > 0
+
+
 def test_w_is_logged_as_it_acts(tmp_path):
     train("SiT", tmp_path, "--steps", 5, "--w", 1.6, "--start", 2, "--w-ramp", 3)
     with open(tmp_path / "log.csv", newline="") as f:
