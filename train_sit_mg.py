@@ -687,7 +687,7 @@ def save_curves(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    figure.subplots_adjust(left=0.08, right=0.92, bottom=0.16, top=0.95, wspace=0.25)  # a layout engine takes a second
+    figure.subplots_adjust(left=0.1, right=0.92, bottom=0.16, top=0.95, wspace=0.25)  # a layout engine takes a second
     scores = {"fid": "Fréchet distance (lower is better)", "outliers": "share of outliers", "coverage": "coverage of the cells"}
 
     def draw(axis, key, name, **style):
