@@ -35,6 +35,28 @@ BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # DiT's forward p
 ALPHA_BARS = torch.cumprod(1 - BETAS, 0)
 
 
+def variational_bound(x0, noise, eps, v, t):
+    """What the variance channels learn from, in bits a dimension: (N,). It knows nothing of the guidance.
+
+    x0, noise, eps, v (N, C, H, W), t (N,). eps, the network's noise, fixes the mean; v in [-1, 1] picks log variance between
+    the posterior's and log beta (improved DDPM, Eq. 15). t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0: -log p of
+    the 8-bit value that x0 stands for, with the exact normal distribution function (ADM's code has a tanh in its place).
+    """
+    x0, noise, eps, v = (x.double() for x in (x0, noise, eps, v))
+    abar, beta = (table.to(x0.device)[t].view(-1, 1, 1, 1) for table in (ALPHA_BARS, BETAS))
+    low = beta * (1 - abar / (1 - beta)) / (1 - abar)                                              # the posterior's variance
+    low = torch.where(low > 0, low, BETAS[1] * BETAS[0] / (1 - ALPHA_BARS[1])).log()  # at t = 0: that of t = 1
+    log_var = low + (v + 1) / 2 * (beta.log() - low)
+    off = beta / ((1 - abar) * (1 - beta)).sqrt() * (eps - noise)                                  # mean of q minus mean of p
+    kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + off.square() * (-log_var).exp())
+
+    def below(x):  # P(x_0 < x) under p: at t = 0 the mean of q is x0 itself
+        return torch.special.ndtr((x - x0 + off) * (-log_var / 2).exp())
+    upper, lower = torch.where(x0 > 0.999, 1, below(x0 + 1 / 255)), torch.where(x0 < -0.999, 0, below(x0 - 1 / 255))
+    nll = -(upper - lower).clamp(min=1e-12).log()
+    return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)).float() / math.log(2)
+
+
 def create_model(name, *, input_size, in_channels, num_classes, scale_aware=False, empty_class=True, freq_divisor=127,
                  kind="SiT"):
     """The network that `name` stands for, with DiT's initialisation.

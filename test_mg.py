@@ -401,7 +401,7 @@ def test_dit_loss_against_the_formulas():
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     # the variational term sees no gradient into eps: the mean is frozen
     bias = model.final_layer.linear.bias
-    bound_only = train_dit_mg.variational_bound(b["x0"], b["noise"], out[:, :4].detach(), out[:, 4:].float(), b["t"])
+    bound_only = models.variational_bound(b["x0"], b["noise"], out[:, :4].detach(), out[:, 4:].float(), b["t"])
     grad, = torch.autograd.grad(bound_only.sum(), bias, retain_graph=True)
     assert grad.view(4, 8)[:, :4].abs().max() == 0 and grad.view(4, 8)[:, 4:].abs().max() > 0
     grad, = torch.autograd.grad(got.sum(), bias, retain_graph=True)
@@ -798,7 +798,7 @@ def test_the_scripts_are_equal_between_their_fences():
     assert len(dit) == 4 and dit == sit
     assert sum(len(text.splitlines()) for _, text in sit) > 250
     diff = subprocess.run(["diff", "train_dit_mg.py", "train_sit_mg.py"], cwd=HERE, capture_output=True, text=True, check=False)
-    assert 40 < len(diff.stdout.splitlines()) < 70
+    assert 30 < len(diff.stdout.splitlines()) < 60
     assert f"```diff\n{diff.stdout}```" in (HERE / "README.md").read_text()
 
 
@@ -808,8 +808,8 @@ def test_the_readmes_commands_are_taken():
     for line in text.splitlines():
         if not line.startswith("    "):
             continue
-        for script, flags in re.findall(r"(\w+)\.py([^;#&\n]*)", line):
-            argv = re.sub(r"\$\w+", "1", flags).split()
+        for script, flags in re.findall(r"(\w+)\.py([^;&]*)", line.split("#")[0]):
+            argv = re.sub(r"\$\w+", "1", re.sub(r"--drop \S+", "--drop 0.1", flags)).split()  # the loops' variables
             seen.add(script)
             if script in ("train_sit_mg", "train_dit_mg"):
                 SCRIPTS["SiT" if "sit" in script else "DiT"].parse_args(argv)

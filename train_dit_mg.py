@@ -115,30 +115,8 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
     # 3. learn
     loss = (out[:, :C] - target).square().mean((1, 2, 3))                                          # Eq. 17
     if out.shape[1] > C:
-        loss = loss + variational_bound(x0, noise, out[:, :C].detach(), out[:, C:], t)
+        loss = loss + models.variational_bound(x0, noise, out[:, :C].detach(), out[:, C:], t)
     return loss
-
-
-def variational_bound(x0, noise, eps, v, t):
-    """What the variance channels learn from, in bits a dimension: (N,). It knows nothing of the guidance.
-
-    x0, noise, eps, v (N, C, H, W), t (N,). eps, the network's noise, fixes the mean; v in [-1, 1] picks log variance between
-    the posterior's and log beta (improved DDPM, Eq. 15). t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0: -log p of
-    the 8-bit value that x0 stands for, with the exact normal distribution function (ADM's code has a tanh in its place).
-    """
-    x0, noise, eps, v = (x.double() for x in (x0, noise, eps, v))
-    abar, beta = (table.to(x0.device)[t].view(-1, 1, 1, 1) for table in (models.ALPHA_BARS, models.BETAS))
-    low = beta * (1 - abar / (1 - beta)) / (1 - abar)                                              # the posterior's variance
-    low = torch.where(low > 0, low, models.BETAS[1] * models.BETAS[0] / (1 - models.ALPHA_BARS[1])).log()  # at t = 0: that of t = 1
-    log_var = low + (v + 1) / 2 * (beta.log() - low)
-    off = beta / ((1 - abar) * (1 - beta)).sqrt() * (eps - noise)                                  # mean of q minus mean of p
-    kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + off.square() * (-log_var).exp())
-
-    def below(x):  # P(x_0 < x) under p: at t = 0 the mean of q is x0 itself
-        return torch.special.ndtr((x - x0 + off) * (-log_var / 2).exp())
-    upper, lower = torch.where(x0 > 0.999, 1, below(x0 + 1 / 255)), torch.where(x0 < -0.999, 0, below(x0 - 1 / 255))
-    nll = -(upper - lower).clamp(min=1e-12).log()
-    return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)).float() / math.log(2)
 
 
 # ================================================================ the same in train_dit_mg.py and train_sit_mg.py: the run
