@@ -325,7 +325,7 @@ def measured_scale(model, plain, n=20_000):
         a, s = (bar.float().sqrt().view(-1, 1, 1, 1) for bar in (ALPHA_BARS[t], 1 - ALPHA_BARS[t]))  # Eq. 1
     x_t, empty = a * x0 + s * noise, torch.full_like(y, 2)
     ours, theirs = (net(x_t, t, y) - net(x_t, t, empty) for net in (model, plain))
-    return (float((ours * theirs).sum() / theirs.square().sum()))
+    return float((ours * theirs).sum() / theirs.square().sum())
 
 
 def draw_panels(model, plain, path, *, w, cfg, num, seed, **options):
@@ -370,7 +370,7 @@ def draw_curves(networks, plains, path, *, num, seed, **options):
 
     def score(name, scale, net, cfg):
         x = draw(net, y, seed * 2 ** 32 + torch.arange(num), cfg=cfg, progress=True, **options).flatten(1)
-        return found.setdefault((name, scale), []).append(grid_scores(x, y))
+        found.setdefault((name, scale), []).append(grid_scores(x, y))
     for net, _ in plains:
         for cfg in (1, 1.11, 1.33, 1.67, 2, 2.5, 3, 4):
             score("CFG", cfg, net, cfg)
@@ -379,16 +379,15 @@ def draw_curves(networks, plains, path, *, num, seed, **options):
         plain = next((net for net, other in plains if other.get("seed") == config.get("seed")), plains[0][0])
         found["MG", config["w"]][-1]["measured scale"] = measured_scale(net, plain)
     rows = [{"": f"{name} {scale:g}", "1/(2-w)": 1 / (2 - scale) if name == "MG" and scale < 2 else math.nan}
-            | {key: float(np.mean([score[key] for score in scores])) for key in scores[0]} | {"runs": len(scores)}
+            | {key: float(np.mean([seed[key] for seed in scores])) for key in scores[0]} | {"runs": len(scores)}
             for (name, scale), scores in found.items()]
     for name, colour in (("CFG", "tab:blue"), ("MG", "tab:red")):
-        mine = [row for row in rows if row[""].startswith(name)]
-        scales = [float(row[""].split()[1]) for row in mine]
-        acts = scales if name == "CFG" else [row["1/(2-w)"] for row in mine]
+        mine = [row for (kind, _), row in zip(found, rows, strict=True) if kind == name]
+        acts = [scale for kind, scale in found if kind == name] if name == "CFG" else [row["1/(2-w)"] for row in mine]
         for key, style in (("outliers", "-o"), ("coverage", "--s")):
             axes[0].plot(acts, [row[key] for row in mine], style, color=colour, markersize=3, label=f"{name}, {key}")
         axes[1].plot([row["outliers"] for row in mine], [row["coverage"] for row in mine], "-o", color=colour, markersize=3, label=name)
-    law = [row for row in rows if row[""].startswith("MG") and row["1/(2-w)"] > 0]
+    law = [row for row in rows if row["1/(2-w)"] > 0]  # MG's below w = 2: the others have nan
     axes[2].plot([row["1/(2-w)"] for row in law], [row["measured scale"] for row in law], "o-", color="tab:red", markersize=3)
     limits = (1, 1.05 * max([row["1/(2-w)"] for row in law] + [row["measured scale"] for row in law]))
     axes[2].plot(limits, limits, color="gray", linewidth=0.8)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import fid
 import models
-from sample import save_grid, save_points, together, write_samples
+from sample import save_figure, save_grid, save_points, together, write_samples
 
 # ================================================================ this script's own: the path
 
@@ -697,7 +697,7 @@ def save_curves(rows, path):
         points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) not in (None, "")]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, label=name, **style)
-        return {y for _, y in points}
+        return bool(points)
     draw(axes[0], "loss", "loss")
     drawn = [name for key, name in scores.items() if draw(axes[1], key, name)]
     for axis, name in zip(axes, ("loss", ", ".join(drawn) or "not scored"), strict=True):
@@ -707,9 +707,7 @@ def save_curves(rows, path):
         right = axes[1].twinx()
         draw(right, "w", "w", color="gray", linestyle="--")
         right.set(ylabel="w (dashed)")
-    with models.atomic(path) as f:
-        figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 if __name__ == "__main__":
