@@ -275,7 +275,7 @@ def save_npz(path, labels, parts):
             np.lib.format.write_array(member, labels)
 
 
-# ---------------------------------------------------------------- pictures of 2-D checkpoints
+# ---------------------------------------------------------------- plots: a run's curves, and pictures of 2-D checkpoints
 
 COLOURS = ["tab:orange", "dimgray", "tab:blue"]  # of the grid's classes 0 and 1, and of the empty class
 
@@ -307,6 +307,32 @@ def save_points(x, y, path):
     figure, axes = new_figure(1, 1, 5)
     plot_points(axes[0, 0], x, y)
     save_figure(figure, path)
+
+
+def save_curves(rows, path):
+    """Of a training run, the rows of its log.csv: loss and score against steps, and w where it changed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure.subplots_adjust(left=0.1, right=0.92, bottom=0.16, top=0.95, wspace=0.25)  # a layout engine takes a second
+    scores = {"fid": "Fréchet distance (lower is better)", "outliers": "share of outliers", "coverage": "coverage of the cells"}
+
+    def draw(axis, key, name, **style):
+        points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) not in (None, "")]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, label=name, **style)
+        return bool(points)
+    draw(axes[0], "loss", "loss")
+    drawn = [name for key, name in scores.items() if draw(axes[1], key, name)]
+    for axis, name in zip(axes, ("loss", ", ".join(drawn) or "not scored"), strict=True):
+        axis.set(xlabel="step", ylabel=name, yscale="log")
+        axis.grid(alpha=0.3)
+    if len({float(row["w"]) for row in rows if row.get("w") not in (None, "")}) > 1:  # from a file they are text
+        right = axes[1].twinx()
+        draw(right, "w", "w", color="gray", linestyle="--")
+        right.set(ylabel="w (dashed)")
+    save_figure(figure, path, dpi=120)
 
 
 @torch.no_grad()
