@@ -282,17 +282,14 @@ COLOURS = ["tab:orange", "dimgray", "tab:blue"]  # of the grid's classes 0 and 1
 
 def new_figure(rows, columns, size):
     """matplotlib's (figure, axes (rows, columns)), each size inches, without a window."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(size * columns, size * rows), layout="constrained", squeeze=False)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure, path, dpi=100):
-    import matplotlib.pyplot as plt
     with atomic(path) as f:
         figure.savefig(f, format="png", dpi=dpi)
-    plt.close(figure)
 
 
 def plot_points(axis, x, y, size=1.0):
@@ -311,10 +308,9 @@ def save_points(x, y, path):
 
 def save_curves(rows, path):
     """Of a training run, the rows of its log.csv: loss and score against steps, and w where it changed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.2))
+    axes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.1, right=0.92, bottom=0.16, top=0.95, wspace=0.25)  # a layout engine takes a second
     scores = {"fid": "Fréchet distance (lower is better)", "outliers": "share of outliers", "coverage": "coverage of the cells"}
 
