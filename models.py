@@ -613,6 +613,43 @@ def from_public(checkpoint, weights, path):
                    "step": None}
 
 
+def initialize_from(path, name, kwargs):
+    """create_model(name, **kwargs) with the weights of a checkpoint where they fit: (model, what to warn of or None).
+
+    The label table may have other classes, and the w input may be new; everything else must be there in the right shape, or
+    it is a ValueError. kwargs["freq_divisor"] becomes what the weights were trained with.
+    """
+    source, config = load_checkpoint(path)
+    kwargs["freq_divisor"] = source.freq_divisor
+    model = create_model(name, **kwargs)
+    state, here, warnings = source.state_dict(), model.state_dict(), []
+    table = "y_embedder.embedding_table.weight"
+    old, new = state[table], here[table]
+    if source.kind != kwargs["kind"]:
+        raise ValueError(f"--init {path}: this is a {source.kind} {config['model']}, and this script trains {kwargs['kind']}")
+    n, ours = model.num_classes, "drop" in config
+    if source.num_classes == n and model.empty_class <= source.empty_class:
+        state[table] = old[:len(new)]
+        if config.get("drop") == 0 and model.empty_class:
+            warnings.append(f"{path} was trained with --drop 0")
+    elif len(old) == n and (not ours or source.num_classes == n):  # one row a class and no more
+        state[table] = torch.cat([old, new[n:]])
+        warnings.append(f"{path} has no empty class")
+    else:
+        del state[table]
+        warnings.append(f"{path} has {source.num_classes} classes, not {n}: the label table starts anew")
+    if source.scale_aware and not model.scale_aware:
+        state["t_embedder.mlp.2.bias"] += source.w_embedder(torch.ones(1))[0].detach()  # what w = 1 adds, for good
+    for key, _ in {(key, value.shape) for key, value in here.items()} ^ {(key, value.shape) for key, value in state.items()}:
+        if key != table and not key.startswith("w_embedder."):
+            raise ValueError(f"--init {path}: {config['model']} for {source.in_channels}x{source.input_size}x{source.input_size} "
+                             f"doesn't fit {name} for {model.in_channels}x{model.input_size}x{model.input_size} ({key})")
+    model.load_state_dict(here | {key: value for key, value in state.items() if key in here})
+    if warnings and model.empty_class:
+        warnings.append("guidance needs a trained empty class: give --start some thousand steps of plain training first")
+    return model, "warning: " + "; ".join(warnings) if warnings else None
+
+
 # ---------------------------------------------------------------- to and from diffusers' DiTPipeline
 
 def diffusers_names(depth):

@@ -263,42 +263,6 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def initialize(args, kwargs):
-    """A new model with the weights of --init where they fit: -> (model, what to warn of or None). ValueError if they don't.
-
-    The label table may have other classes, and the w input may be new; everything else must be there in the right shape.
-    """
-    source, config = models.load_checkpoint(args.init)
-    kwargs["freq_divisor"] = source.freq_divisor  # what the weights were trained with
-    model = models.create_model(args.model, **kwargs)
-    state, here, warnings = source.state_dict(), model.state_dict(), []
-    table = "y_embedder.embedding_table.weight"
-    old, new = state.get(table), here[table]
-    if source.kind != KIND:
-        raise ValueError(f"--init {args.init}: this is a {source.kind} {config['model']}, and this script trains {KIND}")
-    n, ours = kwargs["num_classes"], "drop" in config
-    if source.num_classes == n and kwargs["empty_class"] <= source.empty_class:
-        state[table] = old[:len(new)]
-        if config.get("drop") == 0 and kwargs["empty_class"]:
-            warnings.append(f"{args.init} was trained with --drop 0")
-    elif len(old) == n and (not ours or source.num_classes == n):  # one row a class and no more
-        state[table] = torch.cat([old, new[n:]])
-        warnings.append(f"{args.init} has no empty class")
-    else:
-        del state[table]
-        warnings.append(f"{args.init} has {source.num_classes} classes, not {n}: the label table starts anew")
-    if source.scale_aware and not kwargs["scale_aware"]:
-        state["t_embedder.mlp.2.bias"] += source.w_embedder(torch.ones(1))[0].detach()  # what w = 1 adds, for good
-    for key in set(here) - set(state) | {key for key in state if key not in here or state[key].shape != here[key].shape}:
-        if key != table and not key.startswith("w_embedder."):
-            raise ValueError(f"--init {args.init}: {config['model']} for {source.in_channels}x{source.input_size}x{source.input_size} "
-                             f"doesn't fit {args.model} for {model.in_channels}x{model.input_size}x{model.input_size} ({key})")
-    model.load_state_dict(here | {key: value for key, value in state.items() if key in here})
-    if warnings and kwargs["empty_class"]:
-        warnings.append("guidance needs a trained empty class: give --start some thousand steps of plain training first")
-    return model, "warning: " + "; ".join(warnings) if warnings else None
-
-
 @contextlib.contextmanager
 def own_signals():
     """SIGTERM and SIGINT end what is inside at once, until it says otherwise; the caller's own handlers are back after it."""
@@ -388,7 +352,7 @@ def main(argv=None):
             kwargs["freq_divisor"] = checkpoint["config"].get("freq_divisor", 127)
         torch.manual_seed(args.seed)
         if args.init and not checkpoint:
-            model, warning = initialize(args, kwargs)
+            model, warning = models.initialize_from(args.init, args.model, kwargs)
         else:
             model = models.create_model(args.model, **kwargs)
         if model.kind != KIND:
