@@ -533,6 +533,26 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: truncated, or not a checkpoint") from None
 
 
+def read_last(path):
+    """What a run goes on from, the file at path or, where that is corrupt, the one before it: (dict, its file, warning or None).
+
+    Without a file (None, None, None). ValueError if neither can be read, or it is not of a training run.
+    """
+    files = [file for file in (path, previous(path)) if file.exists()]
+    if not files:
+        return None, None, None
+    try:
+        checkpoint, source, warning = read_checkpoint(files[0]), files[0], None
+    except ValueError as e:
+        if len(files) == 1:
+            raise
+        checkpoint, source, warning = read_checkpoint(files[1]), files[1], f"warning: {e}; going on from the one before, {files[1]}"
+    whole = isinstance(checkpoint, dict) and {"config", "step", "model", "ema", "optimizer"} <= set(checkpoint)
+    if not whole or not isinstance(checkpoint["config"], dict):
+        raise ValueError(f"--out {path.parent}: its ckpt.pt is not of this project; give another --out")
+    return checkpoint, source, warning
+
+
 def load_checkpoint(path, *, weights="ema", device="cpu"):
     """A network ready to sample with, and the configuration that it was trained with: (model in eval mode, dict).
 

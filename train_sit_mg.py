@@ -333,19 +333,9 @@ def main(argv=None):
                   "scale_aware": args.w_range is not None, "empty_class": args.empty == "class", "freq_divisor": 127, "kind": KIND}
         if args.empty == "labels" and args.num_labels >= kwargs["num_classes"]:
             raise ValueError(f"--num-labels {args.num_labels}: must be less than the number of classes, {kwargs['num_classes']}")
-        checkpoint, warning, path = None, None, out / "ckpt.pt"
-        files = [file for file in (path, models.previous(path)) if file.exists()]
-        if files:
-            try:
-                checkpoint, source = models.read_checkpoint(files[0]), files[0]
-            except ValueError as e:
-                if len(files) == 1:
-                    raise
-                checkpoint, source = models.read_checkpoint(files[1]), files[1]
-                warning = f"warning: {e}; going on from the one before, {source}"
-            whole = isinstance(checkpoint, dict) and {"config", "step", "model", "ema", "optimizer"} <= set(checkpoint)
-            if not whole or not isinstance(checkpoint["config"], dict):
-                raise ValueError(f"--out {out}: its ckpt.pt is not of this project; give another --out")
+        path = out / "ckpt.pt"
+        checkpoint, source, warning = models.read_last(path)
+        if checkpoint:
             kwargs["freq_divisor"] = checkpoint["config"].get("freq_divisor", 127)
         torch.manual_seed(args.seed)
         if args.init and not checkpoint:
