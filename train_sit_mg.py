@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import io
 import itertools
 import math
@@ -244,15 +245,11 @@ def sampler(n, batch, micro, first_step, rank, world, seed):
 
     The order is a function of seed alone: image k of the run, k = step * batch + i, is number k % n of epoch k // n.
     """
-    epoch, order = None, None
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
     for start in itertools.count(first_step * batch + rank * micro, world * micro):
-        part = []
-        for k in range(start, start + micro):
-            if epoch != k // n:
-                epoch = k // n
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
-            part.append(order[k % n])
-        yield part
+        yield [order(k // n)[k % n] for k in range(start, start + micro)]
 
 
 def mix(*numbers):
