@@ -410,8 +410,12 @@ def main(argv=None):
     rows, started = [], time.perf_counter()
 
     def write_log():
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
         with models.atomic(out / "log.csv") as f:
-            f.write(table(rows).encode())
+            f.write(text.getvalue().encode())
 
     def due(step):
         return step == args.steps or (args.eval_every and step % args.eval_every == 0)
@@ -621,15 +625,6 @@ def describe_w(args, classes):
     formula = "1/(2-w)" if gain == 1 else f"1/(1 - (w-1) {classes}/{classes - 1})"
     return (f"effective guidance scale: MG at w {args.w} acts as classifier-free guidance at {formula} = {1 / effective:.2f}"
             f"{around}{scope}")
-
-
-def table(rows):
-    """log.csv's text."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 if __name__ == "__main__":
