@@ -274,11 +274,6 @@ def spare(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def memory(cuda):
-    """The most that this process has had, in GB: of the GPU's, or where there is none of the machine's."""
-    return (torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-
-
 @own_signals()
 def main(argv=None):
     args, parser = parse_args(argv)
@@ -574,8 +569,9 @@ def main(argv=None):
                          "w": None if args.w_range else round(float(w[0]), 6)})
             # the network's useful work, student and teacher; neither the VAE's nor what is recomputed
             mfu = speed * cost * models.passes(kept if step > args.start else 0, teaching) / (world * (peak or math.inf) * 1e12)
+            most = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, gradient {new[1].mean():.3g}, {speed:.4g} images/s, MFU "
-                                f"{f'{mfu:.1%}' if peak else 'unknown'}, {memory(cuda):.1f} GB")
+                                f"{f'{mfu:.1%}' if peak else 'unknown'}, {most / 1e9:.1f} GB")
             window = torch.empty(0)
         losses, norms, done = [], [], step
         try:
