@@ -290,21 +290,24 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     out, micro = Path(args.out), args.batch // (world * args.accum)
 
-    def stop(error):
-        """Ends the run with one line, of the first process only: the others would say the same."""
-        parser.exit(2, None if rank else f"{parser.prog}: error: {error}\n")
+    bar = None
+
+    def stop(error, alone=False):
+        """Ends the run with one line. Unless the error is in this process alone, the first one says it for all."""
+        if bar is not None:
+            bar.close()
+        parser.exit(2, f"{parser.prog}: error: {error}\n" if alone or rank == 0 else None)
 
     @contextlib.contextmanager
-    def agreed():
-        """What all processes do for themselves; an error in any of them ends all, with its line."""
+    def stopping(alone=False):
+        """What goes wrong inside ends the run with its line; with together(), in all processes."""
         try:
-            with together():
-                yield
+            yield
         except (ValueError, OSError) as e:
-            stop(e)
+            stop(e, alone)
 
     # ---------------- everything that depends on the user's input, before anything is written
-    with agreed():
+    with stopping(), together():
         if args.batch % (world * args.accum):
             raise ValueError(f"--batch {args.batch}: must be a multiple of processes times --accum, {world} x {args.accum}")
         features = "digits" if args.data == "digits" else "inception"
@@ -375,14 +378,12 @@ def main(argv=None):
         dist.all_reduce(seen, dist.ReduceOp.MAX)
     if seen.sum():
         stop(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder that all machines share")
-    try:
+    with stopping(alone=True):
         reference = fid.load_reference(args.reference or args.data, features, size=args.image_size, progress=len(
             images) > 10_000) if args.eval_samples and args.data != "grid" else None
         if latents:
             latents.fill(images, vae, args.workers)
-    except (ValueError, OSError) as e:  # in this process alone
-        parser.exit(2, f"{parser.prog}: error: {e}\n")
-    with agreed():
+    with stopping(), together():
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             if checkpoint and source != path:
@@ -481,7 +482,7 @@ def main(argv=None):
     kept = (DRAWN if args.w_range else 1 - args.drop if args.w != 1 else 0) * args.t_max  # the share that is guided
     teaching = (args.num_labels if args.empty == "labels" else 1) + (args.teacher == "ema" or args.w_range is not None)
     generator, losses, norms, begin, done = torch.Generator(device), [], [], time.perf_counter(), first
-    with agreed():
+    with stopping(), together():
         if rank == 0:
             if first and (out / "log.csv").exists():
                 try:
@@ -491,10 +492,8 @@ def main(argv=None):
                     raise ValueError(f"{out / 'log.csv'}: not of this project, or torn; delete it") from None
             write_log()
     if first and due(first):  # ended during this evaluation, or before
-        try:
+        with stopping():
             evaluate(first)
-        except (ValueError, OSError) as e:
-            stop(e)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
     listen(True)
     for step in bar:
@@ -518,8 +517,7 @@ def main(argv=None):
             try:
                 x, y = next(data)
             except (ValueError, OSError) as e:  # an image that can't be read; a worker's error has its traceback in it
-                bar.close()
-                parser.exit(2, f"{parser.prog}: error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}\n")
+                stop(str(e).strip().splitlines()[-1].removeprefix("ValueError: "), alone=True)
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             if latents:
                 mean, std = torch.where(flip[part, None], x[:, 1], x[:, 0]).float().unbind(1)
@@ -561,7 +559,6 @@ def main(argv=None):
         if saving or ended:
             finite = torch.cat([finite, torch.stack([p.isfinite().all() for p in weights]).all()[None]])
         if not finite.all():
-            bar.close()
             bad = min(done + 1 + int((~finite).nonzero()[0]), step)
             stop(f"the loss or the gradient of step {bad}, or a weight after it, is not finite; the last good checkpoint stays "
                  f"in --out {out}. Lower --lr or --w, give --clip, or use --dtype fp32")
@@ -577,7 +574,7 @@ def main(argv=None):
                                 f"{f'{mfu:.1%}' if peak else 'unknown'}, {most / 1e9:.1f} GB")
             window = torch.empty(0)
         losses, norms, done = [], [], step
-        try:
+        with stopping():
             with together():
                 if rank == 0 and logging:  # before the checkpoint: a run that goes on from this step has its row
                     write_log()
@@ -594,9 +591,6 @@ def main(argv=None):
                 evaluate(step)
                 listen(True)
             begin = time.perf_counter()
-        except (ValueError, OSError) as e:
-            bar.close()
-            stop(e)
     bar.close()
     if rank == 0:
         print(f"\n{args.steps - first} steps and the evaluation in {time.perf_counter() - started:.0f} s; {out} has ckpt.pt, log.csv, "
