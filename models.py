@@ -406,7 +406,7 @@ class Latents(Dataset):
         barrier()  # every process has looked into the folder
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.write_header()
+            write_json(self.folder / "latents.json", self.header | {"complete": self.complete})
             if not file.exists():
                 shutil.rmtree(done, ignore_errors=True)
                 with atomic(file) as f:
@@ -438,12 +438,8 @@ class Latents(Dataset):
         barrier()
         self.complete = True
         if rank == 0:
-            self.write_header()
+            write_json(self.folder / "latents.json", self.header | {"complete": self.complete})
             shutil.rmtree(done)
-
-    def write_header(self):
-        with atomic(self.folder / "latents.json") as f:
-            f.write((json.dumps(self.header | {"complete": self.complete}, indent=1) + "\n").encode())
 
     def __len__(self):
         return len(self.labels)
@@ -482,6 +478,11 @@ def atomic(path):
             os.fsync(folder)  # the name, too, is on the disk
         finally:
             os.close(folder)
+
+
+def write_json(path, value):
+    with atomic(path) as f:
+        f.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def previous(path):

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers
+from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, write_json
 
 
 def predict(model, x, t, y, w, cfg, interval, noise_time):
@@ -255,11 +255,6 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
             write_json(path.with_suffix(".json"), record)
             shutil.rmtree(parts)
     return f"{made / seconds:.1f} images/s on {world} x {device.type}" if made else "all of them drawn before"
-
-
-def write_json(path, value):
-    with atomic(path) as f:
-        f.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def save_npz(path, labels, parts):
