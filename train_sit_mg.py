@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fid
@@ -392,16 +392,12 @@ def main(argv=None):
     teacher = ema if args.teacher == "ema" else net
     weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())  # detached: no graph of averages
     order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
-    if args.data == "grid":
-        data = iter(DataLoader(images, sampler=order, batch_size=None))  # batches by indexing
-    elif args.data == "digits":
-        tensors = TensorDataset(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
-        data = iter(DataLoader(tensors, sampler=order, batch_size=None))
-    elif latents:
-        data = iter(DataLoader(latents, sampler=order, batch_size=None, num_workers=args.workers, pin_memory=cuda,
-                               worker_init_fn=spare))
+    if args.data in ("digits", "grid"):  # in memory
+        inputs, labels = images.tensors if args.data == "grid" else (images.images, torch.tensor(images.labels))
+        data = ((inputs[part], labels[part]) for part in order)
     else:
-        data = iter(DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=cuda, worker_init_fn=spare))
+        batches = {"sampler": order, "batch_size": None} if latents else {"batch_sampler": order}  # latents come a batch at a time
+        data = iter(DataLoader(latents or images, **batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=spare))
     # ---------------- logging and evaluation
     rows, started = [], time.perf_counter()
 
