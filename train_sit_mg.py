@@ -307,7 +307,6 @@ def main(argv=None):
     with stopping(), together():
         if args.batch % (world * args.accum):
             raise ValueError(f"--batch {args.batch}: must be a multiple of processes times --accum, {world} x {args.accum}")
-        features = "digits" if args.data == "digits" else "inception"
         if args.data in ("digits", "grid"):
             size = PRESETS[args.data]["image_size"]
             if args.image_size != size:
@@ -317,10 +316,7 @@ def main(argv=None):
         images = models.grid_data() if args.data == "grid" else fid.real_images(args.data, args.image_size)
         vae = None if args.vae == "none" else models.load_vae(args.vae, device)
         sample, _ = images[0]                                                                      # (C, H, W)
-        if vae:
-            shape = models.encode(vae, sample[None].to(device) / 127.5 - 1)[0].shape[1:]                  # (c, h, w)
-        else:
-            shape = sample.shape
+        shape = models.encode(vae, sample[None].to(device) / 127.5 - 1)[0].shape[1:] if vae else sample.shape  # (c, h, w)
         if args.latents and not vae:
             raise ValueError(f"--latents {args.latents}: there are none without a VAE; give --vae, or leave --latents out")
         latents = models.Latents(args.latents, images, vae, args.vae, shape) if args.latents else None
@@ -376,8 +372,9 @@ def main(argv=None):
     if seen.sum():
         stop(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder that all machines share")
     with stopping(alone=True):
-        reference = fid.load_reference(args.reference or args.data, features, size=args.image_size, progress=len(
-            images) > 10_000) if args.eval_samples and args.data != "grid" else None
+        if args.eval_samples and args.data != "grid":
+            reference = fid.load_reference(args.reference or args.data, "digits" if args.data == "digits" else "inception",
+                                           size=args.image_size, progress=len(images) > 10_000)
         if latents:
             latents.fill(images, vae, args.workers)
     with stopping(), together():
