@@ -179,33 +179,34 @@ def parse_args(argv):
         p.error(f"--w {args.w}: left out with --w-range, which draws w")
     if not args.w_range and args.w is None:
         args.w = 1.5
+    auto = args.w == "auto"
     if args.drop is None:
         args.drop = 0.1 if args.empty == "class" else 0.0
     for flag, needed, there, default in [  # a flag without what it belongs to would silently do nothing
-            ("auto_rule", "--w auto", args.w == "auto", "probe"), ("auto_step", "--w auto", args.w == "auto", 0.1),
-            ("auto_metric", "--w auto", args.w == "auto", "outliers" if args.data == "grid" else "fid"),
-            ("auto_max", "--w auto", args.w == "auto", 1.9), ("num_labels", "--empty labels", args.empty == "labels", 4)]:
+            ("auto_rule", "--w auto", auto, "probe"), ("auto_step", "--w auto", auto, 0.1),
+            ("auto_metric", "--w auto", auto, "outliers" if args.data == "grid" else "fid"), ("auto_max", "--w auto", auto, 1.9),
+            ("num_labels", "--empty labels", args.empty == "labels", 4)]:
         if getattr(args, flag) is None:
             setattr(args, flag, default if there else None)
         elif not there:
             p.error(f"--{flag.replace('_', '-')}: only with {needed}")
     if args.w_ramp is None:
-        args.w_ramp = 1000 if args.init and not args.w_range and args.w != "auto" else 0
+        args.w_ramp = 1000 if args.init and not args.w_range and not auto else 0
     if args.out is None:
         scale = "-".join(map(str, args.w_range)) if args.w_range else args.w
         args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).name}-w{scale}"
     metrics = ["outliers", "coverage"] if args.data == "grid" else [
         "fid", "sfid", "is", "precision", "recall"] + ["accuracy"] * (args.data == "digits")
     for flag, ok, rule in [
-            ("--w", args.w_range or args.w == "auto" or math.isfinite(args.w), "a number, or auto"),
-            ("--auto-metric", args.w != "auto" or args.auto_metric in metrics, f"one of {', '.join(metrics)} with this --data"),
+            ("--w", args.w_range or auto or math.isfinite(args.w), "a number, or auto"),
+            ("--auto-metric", not auto or args.auto_metric in metrics, f"one of {', '.join(metrics)} with this --data"),
             ("--reference", args.reference is None or args.data != "grid", "left out with --data grid, which is known exactly"),
-            ("--auto-step", args.w != "auto" or 0 < args.auto_step <= 1, "above 0, up to 1"),
-            ("--auto-max", args.w != "auto" or 1 < args.auto_max < 2, "between 1 and 2, where MG has no bound"),
+            ("--auto-step", not auto or 0 < args.auto_step <= 1, "above 0, up to 1"),
+            ("--auto-max", not auto or 1 < args.auto_max < 2, "between 1 and 2, where MG has no bound"),
             ("--auto-rule", args.auto_rule != "probe" or args.empty == "class", "paper with --empty labels: CFG needs the empty class"),
-            ("--eval-every", args.w != "auto" or args.eval_every > 0, "above 0 with --w auto, which goes by the evaluations"),
-            ("--eval-samples", args.w != "auto" or args.eval_samples > 0, "above 0 with --w auto, which goes by the evaluations"),
-            ("--w-ramp", args.w != "auto" or not args.w_ramp, "left out with --w auto, which starts at 1"),
+            ("--eval-every", not auto or args.eval_every > 0, "above 0 with --w auto, which goes by the evaluations"),
+            ("--eval-samples", not auto or args.eval_samples > 0, "above 0 with --w auto, which goes by the evaluations"),
+            ("--w-ramp", not auto or not args.w_ramp, "left out with --w auto, which starts at 1"),
             ("--w-range", args.w_range is None or 1 <= args.w_range[0] < args.w_range[1] < math.inf, "1 <= LO < HI"),
             ("--drop", 0 <= args.drop < 1, "0 up to, not with, 1"),
             ("--drop", args.empty == "class" or not args.drop, "left out with --empty labels, which has no empty class"),
