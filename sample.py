@@ -8,7 +8,6 @@ the VAE's times its scaling_factor.
 """
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -231,17 +230,16 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
         missing = [start for start in starts if not (parts / f"{start}.npy").exists()]
     todo, made = missing[rank::world], sum(min(batch, len(labels) - start) for start in missing)
     begin = time.perf_counter()
-    if model.input_size == 1:  # points: (N, 2) float32
-        def make(*inputs, **options):
-            return draw(*inputs, **options).flatten(1).cpu()
-    else:
-        make = functools.partial(generate, vae=vae)
+    options = {"sampler": sampler, "steps": steps, "w": w, "cfg": cfg, "interval": interval, "progress": rank == 0}
     with together():
         for start in tqdm(todo, desc="samples", unit="batch", disable=rank > 0, leave=False):
             index = torch.arange(start, min(start + batch, len(labels)))
+            inputs = model, labels[index], seed * 2 ** 32 + index
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-                images = make(model, labels[index], seed * 2 ** 32 + index, sampler=sampler, steps=steps, w=w, cfg=cfg,
-                              interval=interval, progress=rank == 0)
+                if model.input_size == 1:  # points: (N, 2) float32
+                    images = draw(*inputs, **options).flatten(1).cpu()
+                else:
+                    images = generate(*inputs, vae=vae, **options)
             with atomic(parts / f"{start}.npy") as f:
                 np.save(f, images.numpy())
     seconds = time.perf_counter() - begin
