@@ -349,14 +349,13 @@ class Latents(Dataset):
             raise ValueError(f"--latents {folder}: has files in it that are no latents; give a new or empty folder")
         if self.complete or "latents.npy" in there:
             self.open()
-        size, near = math.prod(self.header["shape"]) * 2, self.folder.absolute()
+        size = math.prod(self.header["shape"]) * 2
         if "latents.npy" in there:
             size -= (self.folder / "latents.npy").stat().st_blocks * 512  # of a file with holes, what isn't one
-        while not near.exists():
-            near = near.parent
-        if not self.complete and size > shutil.disk_usage(near).free:
-            raise ValueError(f"--latents {folder}: {size / 1e9:.3g} GB are to be written, and {shutil.disk_usage(near).free / 1e9:.3g} "
-                             f"are free there; give a folder on another disk, or leave it out")
+        free = shutil.disk_usage(next(near for near in (self.folder, *self.folder.absolute().parents) if near.exists())).free
+        if not self.complete and size > free:
+            raise ValueError(f"--latents {folder}: {size / 1e9:.3g} GB are to be written, and {free / 1e9:.3g} are free there; "
+                             f"give a folder on another disk, or leave it out")
 
     def compare(self):
         """ValueError naming both values where latents.json and this run differ."""
@@ -364,25 +363,21 @@ class Latents(Dataset):
             there = json.loads((self.folder / "latents.json").read_text())
             self.complete = there["complete"]
             for key, here in self.header.items():
-                if key == "vae" and there["vae_sha256"] == self.header["vae_sha256"]:
-                    continue  # the same by another name
-                if there[key] != here:
-                    made, given = there[key], here
-                    if isinstance(here, list):
-                        made, given = next(pair for pair in itertools.zip_longest(made, here) if pair[0] != pair[1])
-                    raise ValueError(f"--latents {self.folder} was made with {key} {made}, not {given}: "
-                                     f"give another folder, or delete it")
+                made = there[key]
+                if made == here or (key == "vae" and there["vae_sha256"] == self.header["vae_sha256"]):  # or by another name
+                    continue
+                if isinstance(here, list):  # the first that differs
+                    made, here = next(pair for pair in itertools.zip_longest(made, here) if pair[0] != pair[1])
+                raise ValueError(f"--latents {self.folder} was made with {key} {made}, not {here}: give another folder, or delete it")
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"--latents {self.folder}: its latents.json is not of this project; give another folder") from None
 
     def open(self):
         """latents.npy, memory-mapped. ValueError if it isn't whole."""
-        try:
+        with contextlib.suppress(OSError, ValueError, EOFError):
             latents = np.load(self.folder / "latents.npy", mmap_mode="r")
             if [*latents.shape] == self.header["shape"] and latents.dtype == np.float16:
                 return latents
-        except (OSError, ValueError, EOFError):
-            pass
         raise ValueError(f"--latents {self.folder}: its latents.npy is missing, truncated or another's; delete the folder")
 
     def fill(self, images, vae, workers):
