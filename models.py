@@ -751,14 +751,6 @@ def flops(model):
     return counter.get_total_flops()
 
 
-def passes(kept, teacher=2):
-    """Forward passes that one image's training step is worth: the student's and its backward pass, worth two; the teacher's.
-
-    kept: the share of the images that the teacher sees; teacher: its passes for each.
-    """
-    return 3 + kept * teacher
-
-
 def main():
     print("| model | parameters (M) | GFLOPs a pass (multiply-adds; 32x32x4 latents of 256x256 images, T: 8x8 digits) |\n|---|---|---|")
     a_pass = {}
@@ -776,7 +768,8 @@ def main():
     for steps, names in (400_000, ("B/2", "L/2", "XL/2")), (7_000_000, ("XL/2",)):
         for name in [f"{kind}-{size}" for kind in ("DiT", "SiT") for size in names]:
             kept = 0.9 * (0.75 if name[0] == "S" else 1)
-            plain, guided = (steps * 256 * a_pass[name] * n / (0.4 * 312e12) / 3600 for n in (passes(0), passes(kept)))
+            passes = 3, 3 + 2 * kept  # the student's forward pass and its backward pass, worth two; the teacher's, with label and without
+            plain, guided = (steps * 256 * a_pass[name] * n / (0.4 * 312e12) / 3600 for n in passes)
             print(f"| {name}, {steps:,} steps | {plain:.0f} | {guided:.0f} | {guided / plain:.2f} |")
 
 

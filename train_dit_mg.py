@@ -561,8 +561,8 @@ def main(argv=None):
             speed = (step - done) * args.batch / (time.perf_counter() - begin)
             rows.append({"step": step, "loss": float(window.mean()), "images_per_s": round(speed, 1),
                          "w": None if args.w_range else round(float(w[0]), 6)})
-            # the network's useful work, student and teacher; neither the VAE's nor what is recomputed
-            mfu = speed * cost * models.passes(kept if step > args.start else 0, teaching) / (world * (peak or math.inf) * 1e12)
+            passes = 3 + (kept * teaching if step > args.start else 0)  # useful ones: the student's, its backward worth 2, the teacher's
+            mfu = speed * cost * passes / (world * (peak or math.inf) * 1e12)
             most = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, gradient {new[1].mean():.3g}, {speed:.4g} images/s, MFU "
                                 f"{f'{mfu:.1%}' if peak else 'unknown'}, {most / 1e9:.1f} GB")
