@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import functools
 import io
 import itertools
 import math
@@ -246,11 +245,11 @@ def sampler(n, batch, micro, first_step, rank, world, seed):
 
     The order is a function of seed alone: image k of the run, k = step * batch + i, is number k % n of epoch k // n.
     """
-    @functools.lru_cache(maxsize=1)
-    def order(epoch):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
-    for start in itertools.count(first_step * batch + rank * micro, world * micro):
-        yield [order(k // n)[k % n] for k in range(start, start + micro)]
+    orders = (torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
+              for epoch in itertools.count(first_step * batch // n))
+    images = itertools.islice(itertools.chain.from_iterable(orders), first_step * batch % n, None)
+    while True:  # what all processes take next, and of it the part of this one
+        yield list(itertools.islice(images, world * micro))[rank * micro:(rank + 1) * micro]
 
 
 def mix(*numbers):
