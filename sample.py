@@ -293,10 +293,15 @@ def plot_points(axis, x, y, size=1.0):
     axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
 
 
-def save_points(x, y, path):
-    figure, axes = new_figure(1, 1, 5)
-    plot_points(axes[0, 0], x, y)
-    save_figure(figure, path)
+def save_classes(drawn, labels, rows_of, path):
+    """What write_samples() drew, as a picture: points (N, 2) all in one, of images up to ten of each class in rows_of."""
+    if drawn.ndim == 2:
+        figure, axes = new_figure(1, 1, 5)
+        plot_points(axes[0, 0], drawn, labels)
+        save_figure(figure, path)
+    else:
+        columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
+        save_grid(drawn[torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])], path, columns)
 
 
 def save_curves(rows, path):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import fid
 import models
-from sample import save_curves, save_grid, save_points, together, write_samples
+from sample import save_classes, save_curves, together, write_samples
 
 # ================================================================ this script's own: the path
 
@@ -447,13 +447,7 @@ def main(argv=None):
                     tqdm.write(f"\n| {args.eval_samples} samples, {args.eval_steps} steps, one pass each | {' | '.join(metrics)} |\n"
                                f"|---{'|---' * len(metrics)}|\n| {args.model} at step {step}, w {shown} | "
                                + " | ".join(f"{value:.3f}" for value in metrics.values()) + " |")
-                drawn = np.load(path)["arr_0"]
-                if args.data == "grid":
-                    save_points(drawn, labels, out / "samples.png")
-                else:
-                    columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
-                    picture = torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])
-                    save_grid(drawn[picture], out / "samples.png", columns)
+                save_classes(np.load(path)["arr_0"], labels, rows_of, out / "samples.png")
                 save_curves(rows, out / "curves.png")
 
     # ---------------- a signal lets a step be finished and saved; at any other time all is saved, and it ends the process
