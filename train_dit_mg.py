@@ -296,7 +296,8 @@ def main(argv=None):
         """Ends the run with one line. Unless the error is in this process alone, the first one says it for all."""
         if bar is not None:
             bar.close()
-        parser.exit(2, f"{parser.prog}: error: {error}\n" if alone or rank == 0 else None)
+        line = str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")  # a worker's has its traceback above it
+        parser.exit(2, f"{parser.prog}: error: {line}\n" if alone or rank == 0 else None)
 
     @contextlib.contextmanager
     def stopping(alone=False):
@@ -501,10 +502,8 @@ def main(argv=None):
         posterior = torch.randn(args.batch, *shape, generator=generator, device=device) if vae else None
         for a in range(args.accum):
             part = slice((a * world + rank) * micro, (a * world + rank + 1) * micro)
-            try:
+            with stopping(alone=True):  # an image that can't be read
                 x, y = next(data)
-            except (ValueError, OSError) as e:  # an image that can't be read; a worker's error has its traceback in it
-                stop(str(e).strip().splitlines()[-1].removeprefix("ValueError: "), alone=True)
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             if latents:
                 mean, std = torch.where(flip[part, None], x[:, 1], x[:, 0]).float().unbind(1)
