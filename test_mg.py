@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import csv
+import glob
 import io
 import itertools
 import json
@@ -802,23 +803,39 @@ def test_the_scripts_are_equal_between_their_fences():
     assert f"```diff\n{diff.stdout}```" in (HERE / "README.md").read_text()
 
 
-def test_the_readmes_commands_are_taken():
-    """Each is accepted by the parser that it is for; what can't be run without ImageNet or public weights says so."""
-    text, seen = (HERE / "README.md").read_text().replace("\\\n", " "), set()
-    for line in text.splitlines():
-        if not line.startswith("    "):
+def readme_commands():
+    """What the README's indented lines run, in their order, with their shell loops unrolled: [[script, *flags]].
+
+    Left out: those marked as not run, and all seeds of a loop but the first.
+    """
+    text = re.sub(r"^```.*?^```", "", (HERE / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
+    for line in lines:
+        assert "not run" in line or not re.search(r"imagenet|[DS]iT-XL|VIRTUAL", line), line
+    text = "\n".join(line for line in lines if "not run" not in line).replace("for s in 0 1 2", "for s in 0")
+    shell = 'set -f; python() { printf "%s\\037" "$@"; echo; }; torchrun() { python "$@"; }; pip() { :; }; pytest() { :; }\n'
+    done = subprocess.run(["bash", "-c", shell + text], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return [[word for word in line.split("\037")[:-1] if word != "--"] for line in done.stdout.splitlines()]
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
+    """Each of them, one after the other, on few images; those that need ImageNet, public weights or GPUs say that they weren't run."""
+    monkeypatch.chdir(tmp_path)
+    mains = {"train_sit_mg.py": train_sit_mg.main, "train_dit_mg.py": train_dit_mg.main, "sample.py": sample.main, "fid.py": fid.main,
+             "models.py": models.main}
+    short = {"train": ["--steps", "2", "--batch", "8", "--eval-samples", "20", "--eval-steps", "2"], "sample": ["--steps", "2"]}
+    seen = set()
+    for script, *flags in readme_commands():
+        if script == "test_mg.py":  # the benchmarks
             continue
-        for script, flags in re.findall(r"(\w+)\.py([^;&]*)", line.split("#")[0]):
-            argv = re.sub(r"\$\w+", "1", re.sub(r"--drop \S+", "--drop 0.1", flags)).split()  # the loops' variables
-            seen.add(script)
-            if script in ("train_sit_mg", "train_dit_mg"):
-                SCRIPTS["SiT" if "sit" in script else "DiT"].parse_args(argv)
-            elif script == "sample":
-                sample.parse_args(argv)
-            elif script == "fid":
-                assert len(argv) >= 2 and not any(a.startswith("-") for a in argv)
-            assert "not run" in line or not re.search(r"imagenet|[DS]iT-XL|VIRTUAL", line), line
-    assert seen >= {"train_sit_mg", "sample", "fid", "test_mg", "models"}
+        flags = [name for flag in flags for name in (sorted(glob.glob(flag)) or [flag])] + short.get(script[:-3].split("_")[0], [])
+        if "--num" in flags or "--figure" in flags:
+            flags += ["--num", "20"]
+        mains[script](*([flags] if script != "models.py" else []))
+        seen.add(script)
+        assert capsys.readouterr().out, script
+    assert seen == set(mains)
 
 
 @pytest.mark.parametrize("kind", ["SiT", "DiT"])
@@ -1320,9 +1337,12 @@ def test_fault_a_signal_to_the_whole_group(tmp_path):
     for number in signal.SIGTERM, signal.SIGINT:
         out = tmp_path / number.name
 
-        def prepare(rank, number=number):
+        def signal_all(number=number):  # its sender is another than the loader's parent, as it is then
+            subprocess.run(["kill", f"-{number}", "--", f"-{os.getpid()}"], check=False)
+
+        def prepare(rank, signal_all=signal_all):
             os.setpgrp()
-            at_step(2, lambda: os.killpg(0, number))(rank)
+            at_step(2, signal_all)(rank)
         assert fork(out, *flags, prepare=prepare) == [128 + number]
         text = said(out)
         assert f"{number.name}: step 2 is saved" in text and "Traceback" not in text
@@ -1567,6 +1587,19 @@ def test_training_on_a_folder_through_a_vae(tmp_path):
     assert "2 images" in printed or "12 images of 2 classes" in printed
     train("SiT", tmp_path / "pixels", *flags, "--vae", "none", "--steps", 2)
     assert load_checkpoint(tmp_path / "pixels" / "ckpt.pt")[0].in_channels == 3
+
+
+def test_a_run_with_workers_ends(tmp_path):
+    """A process of its own, as its exit is what waits for them: at the end, and where an image can't be read."""
+    image_folder(tmp_path / "images")
+    flags = ["--data", tmp_path / "images", "--model", "SiT-T/2", "--image-size", 8, "--vae", "none", "--steps", 3, "--batch", 4,
+             "--eval-samples", 0, "--eval-steps", 1, "--workers", 2]
+    code, said, _ = run("train_sit_mg.py", *flags, "--out", tmp_path / "whole", timeout=60)
+    assert code == 0 and "3 steps" in said
+    broken = next((tmp_path / "images").glob("*/*.png"))
+    broken.write_bytes(broken.read_bytes()[:50])
+    code, _, errors = run("train_sit_mg.py", *flags, "--out", tmp_path / "broken", timeout=60)
+    assert code == 2 and "Traceback" not in errors and f"error: {broken}: unreadable image" in errors.splitlines()[-1]
 
 
 def photo_tiles(folder, size, count=24):

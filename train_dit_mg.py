@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -272,9 +273,15 @@ def own_signals():
 
 
 def spare(_):
-    """A loader's process outlives a signal to the whole job, so that the step can be finished. A second SIGTERM is its own."""
+    """A loader's process outlives a signal to the whole job, so that the step can be finished; it obeys its parent's alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    threading.Thread(target=obey, daemon=True).start()
 
 
 @own_signals()
@@ -305,7 +312,7 @@ def main(argv=None):
         try:
             yield
         except (ValueError, OSError) as e:
-            stop(e, alone)
+            stop(e.with_traceback(None), alone)  # its frames would keep the loader, and the exit wait for its processes for ever
 
     # ---------------- everything that depends on the user's input, before anything is written
     with stopping(), together():
