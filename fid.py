@@ -1,5 +1,4 @@
-"""
-FID, sFID, Inception Score, precision and recall as ADM's TensorFlow evaluator (openai/guided-diffusion) defines them.
+"""FID, sFID, Inception Score, precision and recall as ADM's TensorFlow evaluator (openai/guided-diffusion) defines them.
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz     # an ADM reference; or any .npz or folder of images
     python fid.py samples.npz digits                              # scikit-learn's digits, in a small CNN's features
@@ -30,8 +29,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 MANIFOLD = 10_000  # images of the reference used for precision and recall, and kept in a saved one (ADM)
 SPLIT = 5_000      # images in a split of the Inception Score (ADM)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# images: digits, folders, .npz
+# ---------------------------------------------------------------- images: digits, folders, .npz
 
 
 @contextmanager
@@ -213,8 +211,7 @@ def open_images(data, size=None):
     return SimpleNamespace(name=name, count=count, shape=tuple(shape), local=local, read=read)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics
+# ---------------------------------------------------------------- metrics
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -299,8 +296,7 @@ def precision_recall(real, fake, k=3, *, block=2048):
     return fake_inside.double().mean().item(), real_inside.double().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# feature nets: uint8 (N, C, H, W) -> (pool, spatial, probs)
+# ---------------------------------------------------------------- feature nets: uint8 (N, C, H, W) -> (pool, spatial, probs)
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
@@ -510,8 +506,7 @@ def digits_net():
     return net
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
+# ---------------------------------------------------------------- evaluation
 
 
 def world():
@@ -692,19 +687,19 @@ def save_stats(path, ref):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="fid.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="fid.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=lambda
+                                prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120))
     p.add_argument("samples", nargs="+", metavar="SAMPLES",
                    help="an .npz with arr_0 uint8 (N, H, W, C), or a folder of images")
     p.add_argument("reference", metavar="REFERENCE", help="the same, an ADM .npz with mu, sigma, mu_s and sigma_s, a "
                    "folder of class folders (centre-cropped to the samples' size), or digits")
-    p.add_argument("--features", choices=("inception", "digits"), help="the feature net (default: digits where "
-                   "REFERENCE is digits or the samples are 8x8 with one channel, else inception)")
-    p.add_argument("--weights", metavar="FILE", help="Inception weights (default: downloaded once, 95 MB)")
-    p.add_argument("--batch", metavar="N", type=int, default=64, help="images a pass and rank, changes only the speed "
-                   "(default: 64)")
-    p.add_argument("--json", action="store_true", help="a JSON list instead of the Markdown table (default: off)")
-    p.add_argument("--save-stats", metavar="FILE", help="also write REFERENCE as an ADM .npz (default: not written)")
+    p.add_argument("--features", choices=("inception", "digits"), help="the feature net [digits where REFERENCE is "
+                   "digits or the samples are 8x8 with one channel, else inception]")
+    p.add_argument("--weights", metavar="FILE", help="Inception weights, pytorch-fid's [downloaded once, 95 MB]")
+    p.add_argument("--batch", metavar="N", type=int, default=64, help="images at once, per process; changes only the speed "
+                   "[%(default)s]")
+    p.add_argument("--json", action="store_true", help="a JSON list instead of the Markdown table [off]")
+    p.add_argument("--save-stats", metavar="FILE", help="also write REFERENCE as an ADM .npz [not written]")
     args = p.parse_args(argv)
     distributed, rows = "LOCAL_RANK" in os.environ and not dist.is_initialized(), []
     quiet = int(os.environ.get("RANK", "0")) > 0  # while every rank would say the same

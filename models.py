@@ -35,18 +35,18 @@ BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # DiT's forward p
 ALPHA_BARS = torch.cumprod(1 - BETAS, 0)
 
 
-def variational_bound(x0, noise, eps, v, t):
+def variational_bound(x0, noise, eps, share, t):
     """What the variance channels learn from, in bits a dimension: (N,). It knows nothing of the guidance.
 
-    x0, noise, eps, v (N, C, H, W), t (N,). eps, the network's noise, fixes the mean; v in [-1, 1] picks log variance between
-    the posterior's and log beta (improved DDPM, Eq. 15). t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0: -log p of
-    the 8-bit value that x0 stands for, with the exact normal distribution function (ADM's code has a tanh in its place).
+    x0, noise, eps, share (N, C, H, W), t (N,). eps, the network's noise, fixes the mean; share, -1 to 1, says where log variance
+    lies between the posterior's and log beta (improved DDPM, Eq. 15). t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0:
+    -log p of the 8-bit value that x0 stands for, with the exact normal distribution function (ADM's code has a tanh in its place).
     """
-    x0, noise, eps, v = (x.double() for x in (x0, noise, eps, v))
+    x0, noise, eps, share = (x.double() for x in (x0, noise, eps, share))
     abar, beta = (table.to(x0.device)[t].view(-1, 1, 1, 1) for table in (ALPHA_BARS, BETAS))
     low = beta * (1 - abar / (1 - beta)) / (1 - abar)                                              # the posterior's variance
     low = torch.where(low > 0, low, BETAS[1] * BETAS[0] / (1 - ALPHA_BARS[1])).log()  # at t = 0: that of t = 1
-    log_var = low + (v + 1) / 2 * (beta.log() - low)
+    log_var = low + (share + 1) / 2 * (beta.log() - low)
     off = beta / ((1 - abar) * (1 - beta)).sqrt() * (eps - noise)                                  # mean of q minus mean of p
     kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + off.square() * (-log_var).exp())
 
@@ -72,14 +72,14 @@ def create_model(name, *, input_size, in_channels, num_classes, scale_aware=Fals
     ValueError for an unknown name, or an input_size that the patches don't divide.
     """
     if name not in NAMES:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
+        raise ValueError(f"--model {name}: unknown; known: {', '.join(NAMES)}")
     common = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes,
               "scale_aware": scale_aware, "empty_class": empty_class, "freq_divisor": freq_divisor}
     if name == "MLP":
         return MLP(kind=kind, **common)
     kind, size, patch = name.replace("/", "-").split("-")
     if input_size % int(patch):
-        raise ValueError(f"model {name} needs an input size that {patch} divides, not {input_size}")
+        raise ValueError(f"--model {name}: needs an input size that {patch} divides, not {input_size} (of the images, or of their latents)")
     depth, width, heads = SIZES[size]
     return Transformer(depth, width, heads, int(patch), kind=kind, learn_sigma=kind == "DiT", **common)
 
@@ -103,7 +103,10 @@ def frequencies(divisor):
 
 
 class Conditioning(nn.Module):
-    """What every network here has: its public attributes, and c = embed(t) + embed(y) [+ embed(w)]."""
+    """What every network here has: its public attributes, and c = embed(t) + embed(y) [+ embed(w)].
+
+    ModuleDicts, here and below, are there for the names alone: those of DiT's state dict.
+    """
 
     def __init__(self, width, kind, learn_sigma, input_size, in_channels, num_classes, scale_aware, empty_class,
                  freq_divisor):
@@ -215,7 +218,7 @@ def position_embedding(width, grid):
 
 
 class MLP(Conditioning):
-    """For 2-D points: x (N, 2, 1, 1) -> (N, 2, 1, 1), three hidden layers of 128. t as the training script gives it."""
+    """For 2-D points, x (N, 2, 1, 1) -> (N, 2, 1, 1), or tiny images: three hidden layers of 128. t as the training script gives it."""
 
     def __init__(self, width=128, **common):
         super().__init__(width, learn_sigma=False, **common)
@@ -302,7 +305,7 @@ def load_vae(name, device="cpu"):
     try:
         vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except (OSError, ValueError) as e:
-        raise ValueError(f"--vae {name}: not a folder or hub name of an AutoencoderKL "
+        raise ValueError(f"--vae {name}: no folder of an AutoencoderKL, and not to be had from the hub; give such a folder, or none "
                          f"({str(e).strip().splitlines()[0]})") from None
     return vae.to(device).eval().requires_grad_(False)
 
@@ -519,14 +522,14 @@ def read_checkpoint(path):
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, ValueError, zlib.error, struct.error):
         corrupt = True
     if corrupt:
-        raise ValueError(f"{path}: corrupt, its checksums are wrong")
+        raise ValueError(f"{path}: corrupt, its checksums are wrong; delete it, or copy it again")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script pickles its flags
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: not a checkpoint, or one with code in its pickle, which is never run") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error):
-        raise ValueError(f"{path}: truncated, or not a checkpoint") from None
+        raise ValueError(f"{path}: truncated, or not a checkpoint; delete it, or copy it again") from None
 
 
 def read_last(path):
@@ -757,7 +760,8 @@ def main():
     for name in NAMES[:-1]:
         size = 8 if "-T/" in name else 32
         with torch.device("meta"):
-            model = create_model(name, input_size=size, in_channels=1 if size == 8 else 4, num_classes=1000)
+            model = create_model(name, input_size=size, **({"in_channels": 1, "num_classes": 10} if size == 8 else
+                                                            {"in_channels": 4, "num_classes": 1000}))
         parameters = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()  # DiT counts the positions
         a_pass[name] = flops(model)
         gflops = a_pass[name] / 2e9
@@ -774,4 +778,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False).parse_args()
     main()

@@ -28,8 +28,9 @@ from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_chec
 def predict(model, x, t, y, w, cfg, interval, noise_time):
     """One network call, with classifier-free guidance (Eq. 9) where noise_time is in the interval: float64, as x.
 
-    x (N, C, H, W); t a number in the network's own units; noise_time the same in [0, 1]. Where the network also gives
-    variances (2C channels), they are the conditional ones: guidance acts on all of the first C channels and on no others.
+    x (N, C, H, W); t a number in the network's own units; noise_time the same in [0, 1]; the others as of the samplers.
+    Where the network also gives variances (2C channels), they are the conditional ones: guidance acts on all of the first C
+    channels and on no others.
     """
     t = torch.full((len(x),), t, device=x.device)
     if w is None and getattr(model, "scale_aware", False):
@@ -44,13 +45,18 @@ def predict(model, x, t, y, w, cfg, interval, noise_time):
     return torch.cat([empty + cfg * (out - empty), cond[:, x.shape[1]:]], 1)                       # Eq. 9, cfg = 1 + its w
 
 
+# ---------------------------------------------------------------- samplers
+# All of them: x (N, C, H, W) standard normal, y (N,) labels -> x_0 (N, C, H, W), float32. steps: network calls; w: a scale-aware
+# network's scale; cfg: CFG's scale, 1 is off; interval: the noise times in [0, 1] in which it acts; randn(): the next normal draw
+# like x, None is torch.randn_like; progress: show a bar.
+
 # ---------------------------------------------------------------- SiT
 # The path (Eq. 4): x_t = (1-t) x_0 + t eps, v = eps - x_0. So eps = x_t + (1-t) v, and the score is -eps / t.
 
 def euler_maruyama(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None, progress=False):
     """Reverse SDE dx = [v - (g^2/2) score] dt + g dW with g^2 = 2t, from t = 1 to 0.04, then one step to 0 without noise.
 
-    REPA's and the MG authors' schedule; `steps` network calls. x (N, C, H, W) standard normal -> x_0, float32.
+    REPA's and the MG authors' schedule.
     """
     x, times = x.double(), torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
     for t, t_next in tqdm(list(itertools.pairwise(times)), "sampling", leave=False, disable=not progress):
@@ -64,7 +70,7 @@ def euler_maruyama(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), 
 
 
 def euler(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None, progress=False):
-    """dx = v dt from t = 1 to 0 in `steps` equal steps, one network call each. x (N, C, H, W) -> x_0, float32."""
+    """dx = v dt from t = 1 to 0 in equal steps, one network call each."""
     x, times = x.double(), torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for t, t_next in tqdm(list(itertools.pairwise(times)), "sampling", leave=False, disable=not progress):
         x = x + predict(model, x, t, y, w, cfg, interval, t) * (t_next - t)
@@ -95,7 +101,7 @@ def ddpm(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None
     """Ancestral sampling (Ho et al. 2020, Eq. 7 and 11) with the learned variance (Nichol & Dhariwal 2021, Eq. 15).
 
     Without variance channels: the posterior's variance. Nothing is clipped. The times: `steps` of 999..0, evenly spaced with
-    both ends (ADM). x (N, C, H, W) standard normal -> x_0, float32.
+    both ends (ADM).
     """
     x, C = x.double(), x.shape[1]
     times = np.linspace(len(ALPHA_BARS) - 1, 0, steps).round().astype(int).tolist()
@@ -115,7 +121,6 @@ def ddim(model, x, y, *, steps, w=None, cfg=1.0, interval=(0.0, 1.0), randn=None
     """Deterministic sampling (Song et al. 2021, Eq. 12 with sigma = 0).
 
     The times: 999 and on in equal steps of 1000/steps, as diffusers' DDIMScheduler has them with "trailing" spacing.
-    x (N, C, H, W) standard normal -> x_0, float32.
     """
     x, C = x.double(), x.shape[1]
     times = (np.arange(steps, 0, -1) * len(ALPHA_BARS) / steps).round().astype(int) - 1
@@ -432,30 +437,34 @@ def print_table(rows):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                usage=argparse.SUPPRESS, allow_abbrev=False)
-    p.add_argument("checkpoint", nargs="+", help="ckpt.pt of a training run; several only with --figure")
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=lambda prog:
+                                argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120))
+    p.add_argument("checkpoint", nargs="+", metavar="CKPT", help="ckpt.pt of a training run; a public file of DiT, SiT, REPA or MG; a "
+                   "folder of diffusers' DiTPipeline; several only with --figure")
     p.add_argument("--out", default="samples.png", help="a .png (grid) or an .npz (arr_0 uint8 NHWC, labels) [%(default)s]")
-    p.add_argument("--labels", type=int, nargs="+", help="classes to draw, in equal shares, a row each in a .png")
+    p.add_argument("--labels", type=int, nargs="+", metavar="CLASS", help="classes to draw, in equal shares, a row each in a .png "
+                   "[0 to 9 in a .png]")
     p.add_argument("--class-labels", choices=["balanced", "random"],
-                   help="label rule over all classes: i %% classes, or drawn from --seed [balanced in an .npz]")
+                   help="in place of --labels, over all classes: i %% classes, or drawn from --seed [balanced in an .npz]")
     # torchrun takes a script's --num for its own --numa-binding, unless a "--" stands before the script
-    p.add_argument("--num", "--num-samples", type=int, help="images in all [8 a label]")
-    p.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} [the paper's: euler-maruyama, ddpm]")
-    p.add_argument("--steps", type=int, default=250, help="network calls (heun: 2N-1) [%(default)s]")
+    p.add_argument("--num", "--num-samples", type=int, metavar="N", help="images in all; under torchrun write --num-samples [8 a label]")
+    p.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} [the paper's: euler-maruyama, ddpm]")
+    p.add_argument("--steps", type=int, default=250, metavar="N", help="network calls (heun: 2N-1); DiT: up to 1000 [%(default)s]")
     p.add_argument("--w", type=float, help="guidance scale of a scale-aware model, one pass a step; 1 is off [1]")
     p.add_argument("--cfg", type=float, help="classifier-free guidance scale, two passes; 1 is off [1]")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
-                   help="noise times, 0 to 1, in which --cfg acts [0 1]")
+                   help="--cfg acts at the noise times between these, 0 is data, 1 noise [0 1]")
     p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed * 2^32 + i [%(default)s]")
-    p.add_argument("--batch", type=int, default=64, help="images at once, per process [%(default)s]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network (autocast) [%(default)s]")
-    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="[%(default)s]")
-    p.add_argument("--to-diffusers", metavar="DIR", help="draw nothing; write a folder for diffusers' DiTPipeline (DiT only)")
+    p.add_argument("--batch", type=int, default=64, metavar="N", help="images at once, per process [%(default)s]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's passes (autocast; fp32 is TF32 on "
+                   "GPUs that have it) [%(default)s]")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="the moving average, or the network that "
+                   "was trained [%(default)s]")
+    p.add_argument("--to-diffusers", metavar="DIR", help="draw nothing; write a folder for diffusers' DiTPipeline (DiT only) [off]")
     p.add_argument("--figure", metavar="PNG", help="2-D checkpoints: one, Fig. 2 (--cfg [1/(2-w)] on the plain one); several, of any w "
-                   "and --seed: outliers and coverage over the scale, and the scale measured. Prints the numbers")
-    p.add_argument("--compare", nargs="+", metavar="PLAIN", help="with --figure: checkpoints trained with --w 1, several: one a seed")
-    p.add_argument("--vae", help="hub name or folder of the decoder [the checkpoint's; none: pixels]")
+                   "and --seed: outliers and coverage over the scale, and the scale measured. Prints the numbers [off]")
+    p.add_argument("--compare", nargs="+", metavar="PLAIN", help="with --figure: checkpoints trained with --w 1, one, or one a seed [none]")
+    p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [the checkpoint's; none: pixels]")
     args = p.parse_args(argv)
     for flag, value, ok, rule in [
             ("--num", args.num, args.num is None or args.num > 0, "at least 1"),

@@ -1,6 +1,6 @@
 """DiT with Model-guidance (MG): `torchrun train_dit_mg.py --w 1.5`. The whole algorithm is mg_loss() and the fenced step.
 
-Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Peebles & Xie 2023 (DiT). The same command again resumes.
+Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Peebles & Xie 2023 (DiT); Ma et al. 2024 (SiT).
 
 Conventions, here and in sample.py:
 - larger t is noisier, t = 999 almost pure noise: t in 0..999, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, and the network
@@ -37,13 +37,7 @@ from sample import save_classes, save_curves, together, write_samples
 
 # ================================================================ this script's own: the path
 
-KIND, T = "DiT", 1000  # T: the number of times
-
-
-def draw_t(u):
-    """Uniform numbers (N,) in [0, 1) -> times (N,) for the network."""
-    return (u * T).long()
-
+KIND, T = "DiT", 1000  # t is drawn from [0, T)
 
 # ================================================================ the same in train_dit_mg.py and train_sit_mg.py: presets
 
@@ -63,7 +57,7 @@ PRESETS = {  # defaults by --data
 
 def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num_labels=4,
             t=None, noise=None, dropped=None, order=None):
-    """The loss of every sample, (N,). The unit to copy, with what of this file it names.
+    """The loss of every sample, (N,). The unit to copy: of this file it needs nothing else.
 
     model(x_t (N, C, H, W), t (N,), y (N,)) -> (N, 2C, H, W), or eps alone; it has num_classes, and takes w (N,) too if scale_aware.
     teacher: the EMA network (Eq. 18), the model itself (Eq. 20: its own output is reused), or None: plain diffusion.
@@ -71,17 +65,17 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
     drop: share of samples that get the empty class and the plain target; t_max: guide only where t <= t_max, in [0, 1].
     empty: "class", or "labels": estimate the unconditional output as the mean over num_labels other labels (Eq. 23).
     t (N,), noise like x0, dropped (N,) bool, order (N, num_classes - 1), random numbers that rank the other labels:
-    drawn when None.
+    drawn when None. ValueError: another empty, or num_labels that aren't fewer than the classes.
     """
-    # 1. corrupt: x0, noise (N, C, H, W), t (N,) -> x_t, plain target (N, C, H, W)
-    t = draw_t(torch.rand(len(x0), device=x0.device)) if t is None else t
+    # 1. corrupt: x0, noise (N, C, H, W), t (N,) -> x_t, plain target (N, C, H, W); noise_time (N,) is t in [0, 1]
     noise = torch.randn_like(x0) if noise is None else noise
-    abar = models.ALPHA_BARS.to(x0.device)[t].view(-1, 1, 1, 1)
+    t = torch.randint(1000, (len(x0),), device=x0.device) if t is None else t.long()
+    noise_time, abar = t / 1000, models.ALPHA_BARS.to(x0.device)[t].view(-1, 1, 1, 1)
     x_t = abar.sqrt().to(x0.dtype) * x0 + (1 - abar).sqrt().to(x0.dtype) * noise                   # Eq. 1
     target = noise.clone()                                                                         # Eq. 3
 
     # ============================================================ the same in train_dit_mg.py and train_sit_mg.py: guide
-    # 2. guide: K samples, those that keep their label and have t <= t_max, where w does something
+    # 2. guide: the K samples that keep their label and have noise_time <= t_max, if w isn't 1
     net, C = getattr(model, "module", model), x0.shape[1]  # DDP hides attributes
     scale_aware = getattr(net, "scale_aware", False)
     if empty not in ("class", "labels") or (empty == "labels" and not 0 < num_labels < net.num_classes):
@@ -91,7 +85,7 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
     w = torch.as_tensor(w, dtype=target.dtype, device=x0.device).expand(len(x0))
     label = torch.where(dropped, net.num_classes, y)
     out = model(x_t, t, label, *([torch.where(dropped, 0, w)] if scale_aware else []))             # the student's pass
-    k = (~dropped & (t <= t_max * T) & (w != 1)).nonzero().squeeze(1)                              # (K,)
+    k = (~dropped & (noise_time <= t_max) & (w != 1)).nonzero().squeeze(1)                         # (K,); a GPU is waited for
     if teacher is not None and len(k):
         if empty == "class":
             labels = torch.full_like(y[k, None], net.num_classes)                                  # (K, 1)
@@ -103,7 +97,7 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
             labels = torch.cat([y[k, None], labels], 1)                                            # (K, 1 + num_labels)
         L = labels.shape[1]
         scales = torch.ones_like(labels, dtype=w.dtype)
-        scales[:, 1:] = float(empty != "class")                                                    # (c, 1), (empty, 0): Eq. 22
+        scales[:, 1:] = float(empty != "class")                                                    # (c, 1), (empty, 0): Eq. 22; others at 1
         with torch.no_grad():  # one batched pass; sg(.) of Eq. 18, 20
             outs = getattr(teacher, "module", teacher)(x_t[k].repeat_interleave(L, 0), t[k].repeat_interleave(L),
                                                        labels.flatten(), *([scales.flatten()] if scale_aware else []))
@@ -124,62 +118,80 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
 
 def parse_args(argv):
     """The command line with the preset of its --data filled in: (flags, parser)."""
-    presets = "\n".join(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in preset.items()) for name, preset in PRESETS.items())
+    presets = "\n".join([f"{'preset of --data':20}" + "".join(f"{name:12}" for name in PRESETS)] + [
+        f"  --{key.replace('_', '-'):16}" + "".join(f"{preset[key]!s:12}" for preset in PRESETS.values()) for key in PRESETS["digits"]])
 
-    def scale(text):
+    def number_or_auto(text):
         return text if text == "auto" else float(text)
-    p = argparse.ArgumentParser(description=f"{__doc__}\npresets (defaults by --data):\n{presets}", usage=argparse.SUPPRESS,
-                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--data", default="digits", help="digits (scikit-learn's, 8x8), grid (Fig. 2's points) or a folder of class "
-                   "folders [%(default)s]")
-    p.add_argument("--image-size", type=int, help="pixels [preset]")
-    p.add_argument("--vae", help="hub name or folder of the encoder; none: train on pixels [preset]")
-    p.add_argument("--latents", metavar="DIR", help="encode all images once, into this folder (ImageNet-256: about 42 GB), and train "
+    p = argparse.ArgumentParser(description=f"{__doc__}\n{presets}", usage=argparse.SUPPRESS, allow_abbrev=False,
+                                formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120))
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="digits", help="digits (scikit-learn's scans, 8x8), grid (the 2-D points of Fig. 2) or a folder of "
+                   "class folders of images [%(default)s]")
+    g.add_argument("--image-size", type=int, metavar="PIXELS", help="a folder's images are cropped to this height and width [preset]")
+    g.add_argument("--vae", metavar="NAME", help="hub name or folder of diffusers' AutoencoderKL; none: train on pixels [preset]")
+    g.add_argument("--latents", metavar="DIR", help="encode all images once, into this folder (ImageNet-256: about 42 GB), and train "
                                                     "from it [encode in every step]")
-    p.add_argument("--model", help="{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}, of the kind that this script trains, or MLP [preset]")
-    p.add_argument("--w", type=scale, help="guidance scale, 1 is off, acts as CFG at 1/(2-w) (Eq. 18, 20); or auto (3.3) [1.5]")
-    p.add_argument("--auto-rule", choices=["probe", "paper"], help="raise an automatic w at an evaluation where, probe: CFG 1.1 on top "
-                   "scores better; paper: the score got worse since the last one; lower it otherwise [probe]")
-    p.add_argument("--auto-metric", choices=[*LOWER, *HIGHER], help="what it goes by [fid; grid: outliers]")
-    p.add_argument("--auto-step", type=float, help="share of the way to --auto-max, or back to 1, an evaluation [0.1]")
-    p.add_argument("--auto-max", type=float, help="bound of an automatic w, below 2; 1.9 acts as CFG 10 [1.9]")
-    p.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="scale-aware: draw w from here (Eq. 21, 22)")
-    p.add_argument("--drop", type=float, help="share of samples that get the empty class (Table 4) [0.1]")
-    p.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1 [%(default)s]")
+    g.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read a folder's images [%(default)s]")
+    g = p.add_argument_group("guidance")
+    g.add_argument("--w", type=number_or_auto, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w), 2 is the limit (Eq. 18, 20); "
+                   "auto: found while training (Sec. 3.3) [1.5]")
+    g.add_argument("--t-max", type=float, default=1.0, help="guide only at noise times up to this, 0 to 1; the authors: 0.75 "
+                   "[%(default)s]")
     # torchrun takes a script's --start for its own --start-method, unless a "--" stands before the script
-    p.add_argument("--start", "--start-step", type=int, default=0, help="steps of plain training first [%(default)s]")
-    p.add_argument("--w-ramp", type=int, help="steps over which w then rises from 1 [0; with --init 1000]")
-    p.add_argument("--init", metavar="CKPT", help="start from these weights: ours, or DiT's, SiT's, REPA's, MG's files [random]")
-    p.add_argument("--teacher", choices=["ema", "online"], default="ema", help="of Eq. 18, or of Eq. 20 [%(default)s]")
-    p.add_argument("--empty", choices=["class", "labels"], default="class", help="labels: no empty class (Eq. 23) [%(default)s]")
-    p.add_argument("--num-labels", type=int, help="N of Eq. 23, with --empty labels [4]")
-    p.add_argument("--steps", type=int, help="training steps in all [preset]")
-    p.add_argument("--batch", type=int, help="images a step, all processes together [preset]")
-    p.add_argument("--accum", type=int, default=1, help="parts that a process makes of its share of a batch [%(default)s]")
-    p.add_argument("--lr", type=float, help="of AdamW, constant, no weight decay [preset]")
-    p.add_argument("--ema", type=float, help="decay of the moving average a step [preset]")
-    p.add_argument("--clip", type=float, metavar="NORM", help="scale longer gradients down to this norm [none]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's passes (autocast) [%(default)s]")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network that is trained")
-    p.add_argument("--recompute", action="store_true", help="compute activations twice, not keep them: less memory, slower")
-    p.add_argument("--seed", type=int, default=0, help="of everything that is drawn [%(default)s]")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations; 0: at the end only [preset]")
-    p.add_argument("--reference", help="what samples are scored against: an ADM .npz, one of fid.py --save-stats, or a folder [--data]")
-    p.add_argument("--eval-samples", type=int, help="images drawn for an evaluation; 0: just those in samples.png, not scored [preset]")
-    p.add_argument("--eval-steps", type=int, help="sampling steps of an evaluation [preset]")
-    p.add_argument("--eval-batch", type=int, help="images drawn at once, per process [preset]")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints; 0: at evaluations and the end only [preset]")
-    p.add_argument("--log-every", type=int, help="steps between rows of log.csv [preset]")
-    p.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU in bf16, for the MFU shown [known for some GPUs]")
-    p.add_argument("--workers", type=int, default=4, help="processes that read images of a folder [%(default)s]")
-    p.add_argument("--out", help="folder for ckpt.pt, log.csv, samples, curves.png [out/MODEL-DATA-wW]")
+    g.add_argument("--start", "--start-step", type=int, default=0, metavar="STEPS", help="of plain training first; under torchrun "
+                   "write --start-step; the authors: 100000 [%(default)s]")
+    g.add_argument("--w-ramp", type=int, metavar="STEPS", help="over which w then rises from 1 to --w [0; with --init 1000]")
+    g.add_argument("--teacher", choices=["ema", "online"], default="ema", help="whose outputs guide: the moving average's (Eq. 18), or "
+                   "the trained network's own, which costs less (Eq. 20) [%(default)s]")
+    g.add_argument("--drop", type=float, metavar="SHARE", help="of samples that train the empty class (Table 4) [0.1; with --empty "
+                   "labels 0]")
+    g.add_argument("--empty", choices=["class", "labels"], default="class", help="guide away from the empty class, or from the mean of "
+                   "other labels, with no empty class (Eq. 23, Table 6) [%(default)s]")
+    g.add_argument("--num-labels", type=int, metavar="N", help="how many other labels, with --empty labels (Eq. 23) [4]")
+    g.add_argument("--w-range", type=float, nargs=2, metavar=("LO", "HI"), help="in place of --w: a scale-aware network, which takes "
+                   "CFG's scale as an input, drawn from here (Eq. 21, 22, Table 5) [off]")
+    g.add_argument("--auto-rule", choices=["probe", "paper"], help="--w auto rises at an evaluation where, probe: CFG 1.1 on top scores "
+                   "better; paper: the score got worse since the last one; and falls at all others [probe]")
+    g.add_argument("--auto-metric", choices=[*LOWER, *HIGHER], metavar="SCORE", help="that --w auto goes by: "
+                   f"{', '.join([*LOWER, *HIGHER])} [fid; grid: outliers]")
+    g.add_argument("--auto-step", type=float, metavar="SHARE", help="of the way to --auto-max, or back to 1, at an evaluation [0.1]")
+    g.add_argument("--auto-max", type=float, metavar="W", help="bound of --w auto, below 2; 1.9 acts as CFG 10 [1.9]")
+    g = p.add_argument_group("training")
+    g.add_argument("--model", metavar="NAME", help=f"{KIND}-{{T,S,B,L,XL}}/{{2,4,8}}, or MLP [preset]")
+    g.add_argument("--init", metavar="CKPT", help="start from these weights: ours, or DiT's, SiT's, REPA's, MG's files [random]")
+    g.add_argument("--steps", type=int, metavar="N", help="training steps in all [preset]")
+    g.add_argument("--batch", type=int, metavar="N", help="images a step, all processes together [preset]")
+    g.add_argument("--accum", type=int, default=1, metavar="N", help="passes in which a process works off its share of a batch "
+                   "[%(default)s]")
+    g.add_argument("--lr", type=float, help="learning rate of AdamW, constant, no weight decay [preset]")
+    g.add_argument("--ema", type=float, metavar="DECAY", help="of the moving average, a step [preset]")
+    g.add_argument("--clip", type=float, metavar="NORM", help="scale longer gradients down to this norm [off]")
+    g.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the networks' passes (autocast; fp32 is TF32 on GPUs "
+                   "that have it); weights, average and loss are fp32 [%(default)s]")
+    g.add_argument("--compile", action="store_true", help="torch.compile the network and its teacher [off]")
+    g.add_argument("--recompute", action="store_true", help="compute activations twice, not keep them: less memory, slower [off]")
+    g.add_argument("--seed", type=int, default=0, help="of the initial weights, data order, noise, times, dropped labels and evaluations "
+                   "[%(default)s]")
+    g = p.add_argument_group("evaluation, files")
+    g.add_argument("--eval-every", type=int, metavar="STEPS", help="between evaluations; 0: at the end only [preset]")
+    g.add_argument("--eval-samples", type=int, metavar="N", help="images drawn for one; 0: just those in samples.png, not scored [preset]")
+    g.add_argument("--eval-steps", type=int, metavar="N", help="sampling steps of one [preset]")
+    g.add_argument("--eval-batch", type=int, metavar="N", help="images drawn at once, per process [preset]")
+    g.add_argument("--reference", metavar="FILE", help="what samples are scored against: an ADM .npz, one of fid.py --save-stats, or a "
+                   "folder [--data]")
+    g.add_argument("--save-every", type=int, metavar="STEPS", help="between checkpoints; 0: at evaluations and the end only [preset]")
+    g.add_argument("--log-every", type=int, metavar="STEPS", help="between rows of log.csv [preset]")
+    g.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU in bf16, for the MFU shown [known for some GPUs]")
+    g.add_argument("--out", metavar="DIR", help="for ckpt.pt, log.csv, samples, curves.png; the same command again resumes "
+                   "[out/MODEL-DATA-wW]")
     args = p.parse_args(argv)
     args.data = os.path.normpath(args.data)
     for key, value in PRESETS.get(args.data, PRESETS["folder"]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.w_range and args.w is not None:
-        p.error(f"--w {args.w}: left out with --w-range, which draws w")
+        p.error(f"--w {args.w}: must be left out with --w-range, which draws w")
     if not args.w_range and args.w is None:
         args.w = 1.5
     auto = args.w == "auto"
@@ -312,10 +324,12 @@ def main(argv=None):
         try:
             yield
         except (ValueError, OSError) as e:
-            stop(e.with_traceback(None), alone)  # its frames would keep the loader, and the exit wait for its processes for ever
+            stop(e, alone)
 
     # ---------------- everything that depends on the user's input, before anything is written
     with stopping(), together():
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: must be a folder, and is a file")
         if args.batch % (world * args.accum):
             raise ValueError(f"--batch {args.batch}: must be a multiple of processes times --accum, {world} x {args.accum}")
         if args.data in ("digits", "grid"):
@@ -397,7 +411,7 @@ def main(argv=None):
     del checkpoint
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net, forward_sync_buffers=False) if world > 1 else net
-    teacher = ema if args.teacher == "ema" else net
+    teacher = net if args.teacher == "online" else torch.compile(ema) if args.compile else ema
     weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())  # detached: no graph of averages
     order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
     if args.data in ("digits", "grid"):  # in memory
@@ -449,6 +463,8 @@ def main(argv=None):
             auto.update(w=auto["w"] + args.auto_step * ((args.auto_max if more else 1) - auto["w"]), score=now)
         with together():
             if rank == 0:
+                for name in "probe.npz", "probe.json":
+                    (out / name).unlink(missing_ok=True)
                 if not rows or int(rows[-1]["step"]) != step:  # log.csv was lost
                     rows.append({"step": step})
                 rows[-1] |= metrics
@@ -492,9 +508,9 @@ def main(argv=None):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=rank > 0, unit="step")
     listen(True)
     for step in bar:
-        # ============================================================ the training step
+        # ======================================================== the same in train_dit_mg.py and train_sit_mg.py: the training step
         generator.manual_seed(mix(args.seed, 0, step))  # everything is drawn for the global batch: any split gives the same
-        draws = {"t": draw_t(uniform()), "dropped": uniform() < args.drop,
+        draws = {"t": T * uniform(), "dropped": uniform() < args.drop,
                  "noise": torch.randn(args.batch, *shape, generator=generator, device=device)}
         if args.empty == "labels":
             draws["order"] = uniform(len(images.classes) - 1)
@@ -534,7 +550,7 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
-        # ============================================================ below: log, evaluate, save
+        # ======================================================== the same in train_dit_mg.py and train_sit_mg.py: log, evaluate, save
         step += 1
         ended = torch.tensor(signals[:1] or [0])
         if ddp:
@@ -604,6 +620,9 @@ def describe_w(args, classes):
     # out(c) = out*(c) + (w-1) (out(c) - uncond); with --empty labels, uncond moves too: it is the mean of the other classes
     gain, around = (1, "") if args.empty == "class" else (classes / (classes - 1), ", around the mean of the classes")
     effective = 1 - (args.w - 1) * gain
+    if args.w < 1:
+        return (f"warning: --w {args.w} guides away from the labels, as CFG at {1 / effective:.2f}; 1 is off (Eq. 18 and 20 write w - 1 "
+                f"as w)")
     if effective <= 0:
         return (f"warning: at --w {args.w} the effective guidance scale has no bound (it has below {1 + 1 / gain:.3g}): it grows for "
                 f"as long as the run lasts, the slower the EMA the slower. The paper's best is 1.5")
