@@ -303,8 +303,8 @@ INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 # The graph. "name width HxW": a convolution of stride 1 that keeps the size; "HxW/s": of stride s, without padding.
-# "," is followed by; "|" and "+" are side by side, concatenated. Where torchvision's network differs: there the average
-# pools count the padding, and the last block has an average pool.
+# "a, b": b after a. "a | b", and "a + b", which binds tighter: side by side, their channels concatenated. torchvision's
+# network differs: its average pools count the padding, and its last block has an average pool.
 _A = ("branch1x1 64 1x1 | branch5x5_1 48 1x1, branch5x5_2 64 5x5 | "
       "branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3 | avg, branch_pool {} 1x1")
 _C = ("branch1x1 192 1x1 | branch7x7_1 {0} 1x1, branch7x7_2 {0} 1x7, branch7x7_3 192 7x1 | branch7x7dbl_1 {0} 1x1, "

@@ -391,7 +391,7 @@ class Latents(Dataset):
         if self.complete:
             return
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        # the usual group would give up on the slowest process after ten minutes; gloo sees at once that one has ended
+        # nccl's would give up on the slowest process after ten minutes; this one waits, and sees at once that one has ended
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(weeks=4)) if dist.is_initialized() else None
 
         def barrier():
@@ -491,7 +491,7 @@ def previous(path):
 def save_checkpoint(path, state):
     """Writes a dict that read_checkpoint() reads, and keeps the file before it: see previous(). OSError as of atomic().
 
-    At no moment is there no whole file at path, and the two files are never the same one for long.
+    Whenever it is interrupted, there is a whole file at path or at previous(path).
     """
     second = Path(f"{previous(path)}.tmp")
     second.unlink(missing_ok=True)

@@ -190,7 +190,7 @@ def save_grid(images, path, columns):
 
 @contextlib.contextmanager
 def together():
-    """Work after which all processes wait for each other. What goes wrong in one is raised in all: none waits for the lost."""
+    """Work of every process, after which they wait for each other. An error in one is raised in all, so that none waits for ever."""
     error = None
     try:
         yield
@@ -426,7 +426,7 @@ def draw_curves(networks, plains, path, *, num, seed, **options):
 
 
 def print_table(rows):
-    """Dicts with the same keys, or some of the last ones, as Markdown."""
+    """Dicts as a Markdown table; the longest has all the keys."""
     keys = list(max(rows, key=len))
     print(f"| {' | '.join(keys)} |\n|{'---|' * len(keys)}")
     for row in rows:

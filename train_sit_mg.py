@@ -1,12 +1,10 @@
-"""SiT with Model-guidance (MG): `torchrun train_sit_mg.py --w 1.5`. The whole algorithm is mg_loss() and the fenced step.
+"""SiT with Model-guidance (MG): `torchrun train_sit_mg.py --w 1.5`. Larger t is noisier, t = 1 pure noise: t in [0, 1],
+x_t = (1-t) x_0 + t eps, and the network predicts v = dx_t/dt = eps - x_0. (The paper's Eq. 6 writes u = x_0 - eps = -v; MG is
+linear, so nothing else changes.)
 
+The whole algorithm is mg_loss() and the fenced training step. w = 1 is no guidance (Table 3's scale; Eq. 18 and 20 write our w-1
+as w); label num_classes is the empty class; images are NCHW in [-1, 1], latents the VAE's times its scaling_factor.
 Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Peebles & Xie 2023 (DiT); Ma et al. 2024 (SiT).
-
-Conventions, here and in sample.py:
-- larger t is noisier, t = 1 pure noise: t in [0, 1], x_t = (1-t) x_0 + t eps, and the network predicts v = dx_t/dt = eps - x_0
-  (the paper's Eq. 6 writes u = x_0 - eps = -v; MG is linear, so nothing else changes)
-- w = 1 is no guidance (Table 3's scale; Eq. 18 and 20 write our w-1 as w); label num_classes is the empty class
-- images are NCHW in [-1, 1]; latents are the VAE's times its scaling_factor
 """
 # ================================================================ the same in train_dit_mg.py and train_sit_mg.py: imports
 import argparse
@@ -59,7 +57,7 @@ def mg_loss(model, teacher, x0, y, w, *, drop=0.1, t_max=1.0, empty="class", num
             t=None, noise=None, dropped=None, order=None):
     """The loss of every sample, (N,). The unit to copy: of this file it needs nothing else.
 
-    model(x_t (N, C, H, W), t (N,), y (N,)) -> v (N, C, H, W); it has num_classes, and takes w (N,) too if scale_aware.
+    model(x_t (N, C, H, W), t (N,), y (N,)) -> (N, C, H, W), DiT also (N, 2C, H, W). It has num_classes; scale_aware, it takes w (N,) too.
     teacher: the EMA network (Eq. 18), the model itself (Eq. 20: its own output is reused), or None: plain diffusion.
     x0 (N, C, H, W); y (N,) int64; w: the guidance scale, 1 is off; (N,) for scale-aware models.
     drop: share of samples that get the empty class and the plain target; t_max: guide only where t <= t_max, in [0, 1].
@@ -272,7 +270,7 @@ def mix(*numbers):
 
 @contextlib.contextmanager
 def own_signals():
-    """SIGTERM and SIGINT end what is inside at once, until it says otherwise; the caller's own handlers are back after it."""
+    """Inside, SIGTERM and SIGINT end the process at once, until listen() says otherwise; then the caller's handlers are back."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -281,13 +279,13 @@ def own_signals():
             signal.signal(number, handler)
 
 
-def spare(_):
+def obey_parent(_):
     """A loader's process outlives a signal to the whole job, so that the step can be finished; it obeys its parent's alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():  # the parent's comes when it exits
             pass
         os._exit(0)
     threading.Thread(target=obey, daemon=True).start()
@@ -300,7 +298,7 @@ def main(argv=None):
     if ddp:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # what's on the CPU is agreed on there
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo: what they agree on; nccl: gradients
     rank, world = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -416,7 +414,7 @@ def main(argv=None):
         data = ((inputs[part], labels[part]) for part in order)
     else:
         batches = {"sampler": order, "batch_size": None} if latents else {"batch_sampler": order}  # latents come a batch at a time
-        data = iter(DataLoader(latents or images, **batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=spare))
+        data = iter(DataLoader(latents or images, **batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=obey_parent))
     # ---------------- logging and evaluation
     rows, started = [], time.perf_counter()
 
@@ -474,7 +472,7 @@ def main(argv=None):
                 save_classes(np.load(path)["arr_0"], labels, rows_of, out / "samples.png")
                 save_curves(rows, out / "curves.png")
 
-    # ---------------- a signal lets a step be finished and saved; at any other time all is saved, and it ends the process
+    # ---------------- a signal in a step is noted, to finish the step and save it; at other times all is saved, and it ends the process
     signals = []
 
     def listen(on):
@@ -602,7 +600,7 @@ def main(argv=None):
         print(f"\n{args.steps - first} steps and the evaluation in {time.perf_counter() - started:.0f} s; {out} has ckpt.pt, log.csv, "
               f"curves.png, samples.png, samples.npz")
     if ddp:
-        del net, teacher  # before its process group: as that one's last owner it would wait for gloo's threads, they for the GIL
+        del net, teacher  # DDP before its process group: else their ends can wait for each other (gloo's threads for the GIL)
         dist.destroy_process_group()
 
 
