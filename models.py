@@ -239,9 +239,6 @@ class MLP(Conditioning):
 # A 4x4 chessboard of unit cells on [-2, 2]^2. Its two colours are the classes: x_0 is uniform in the cells (i, j) with
 # (i + j) % 2 = class. A point is an image of 1x1 pixel with two channels. Label 2, the empty class, stands for both.
 
-EDGES = torch.arange(-2, 3, dtype=torch.float64)
-
-
 def grid_cells(y):
     """Which of the 4x4 cells belong to labels y (N,): (N, 4, 4) bool."""
     colour = torch.arange(4)[:, None] + torch.arange(4)
@@ -258,23 +255,6 @@ def grid_data(num=100_000, seed=0):
     data = torch.utils.data.TensorDataset(x[..., None, None], y)
     data.classes = ["even", "odd"]
     return data
-
-
-def grid_posterior(x_t, y, a, s):
-    """Exactly p(x_t | y) (N,) and E[x_0 | x_t, y] (N, 2), float64, where x_t (N, 2) = a x_0 + s eps, a, s > 0; y (N,) 0..2.
-
-    A box convolved with a normal is a difference of normal distribution functions, along each axis for itself.
-    """
-    x_t = x_t.double()[..., None]                                                                  # (N, 2, 1)
-    z = (a * EDGES - x_t) / s                                                                      # (N, 2, 5)
-    tail = torch.special.erfc(z.abs() / 2 ** 0.5) / 2  # of the normal distribution, beyond |z|: no 1 - 1 far out
-    low, high = z[..., :-1], z[..., 1:]
-    mass = torch.where((low < 0) & (high > 0), 1 - tail[..., 1:] - tail[..., :-1], tail.diff().abs())  # (N, 2, 4)
-    first = (x_t * mass - s * (-z.square() / 2).exp().diff() / math.sqrt(2 * math.pi)) / a         # of x_0, times mass
-    cells = grid_cells(y).double()                                                                 # (N, 4, 4)
-    total, *mean = (torch.einsum("nij,ni,nj->n", cells, f, g) for f, g in (
-        (mass[:, 0], mass[:, 1]), (first[:, 0], mass[:, 1]), (mass[:, 0], first[:, 1])))
-    return total / (a ** 2 * cells.sum((1, 2))), torch.stack(mean, 1) / total[:, None]
 
 
 def grid_scores(x, y):
