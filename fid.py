@@ -13,6 +13,8 @@ import json
 import math
 import os
 import sys
+import time
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -206,8 +208,8 @@ def open_images(data, size=None):
         raise ValueError(f"{name}: no such file or folder; give an .npz of images, a folder of images, or digits")
     if dtype != "uint8" or len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape:
         raise ValueError(f"{name}: images must be uint8 (N, H, W, C) with C 1 or 3, not {dtype} {(count, *shape)}")
-    if not local and count < 2:
-        raise ValueError(f"{name}: at least 2 images are needed, it has {count}")
+    if not local and count < 4:
+        raise ValueError(f"{name}: at least 4 images are needed, with 3 neighbours each, and it has {count}")
     return SimpleNamespace(name=name, count=count, shape=tuple(shape), local=local, read=read)
 
 
@@ -415,7 +417,9 @@ class InceptionV3(nn.Module):
                 with open(path, "rb") as f:
                     if hashlib.file_digest(f, "sha256").hexdigest() != INCEPTION_SHA256:
                         raise ValueError("its SHA-256 is wrong, delete it")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a pickle protocol that it is about to refuse
+                state = torch.load(path, map_location="cpu", weights_only=True)
             wrong = [k for k, s in shapes.items() if k not in state or state[k].shape != s]
             wrong += [k for k in state if k not in shapes and not k.endswith("num_batches_tracked")]
             if wrong:
@@ -627,12 +631,12 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
 
 
 def evaluate(samples, reference, features="inception", *, weights=None, batch=64, labels=None, progress=False):
-    """{"fid", "sfid", "is", "precision", "recall"} of samples; with digits features and labels also "accuracy", the
+    """{"fid", "sfid", "is", "precision", "recall"} of samples; with labels and digits features also "accuracy", the
     share of samples to which the net gives their label.
 
     samples: an .npz, a folder, uint8 (N, H, W, C), or what open_images returned. reference: the same, an ADM .npz, or
-    what load_reference returned, which brings its own features and weights. labels (N,): of the samples, by default
-    those in the .npz. batch: images a pass and rank, changes only the speed. precision and recall are nan where the
+    what load_reference returned, which brings its own features and weights. labels (N,): that the samples
+    were asked for as. batch: images a pass and rank, changes only the speed. precision and recall are nan where the
     reference has no images. Collective. ValueError: one line that names the file and what would be right.
     """
     images = samples if isinstance(samples, SimpleNamespace) else open_images(samples)
@@ -642,8 +646,6 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
     check_size(images, ref.kind)
     if ref.kind != "digits":
         labels = None
-    elif labels is None and not images.local and "labels" in npz_keys(images.name):
-        labels = read_npz(images.name, "labels").astype(np.int64)
     if labels is not None:
         labels = torch.as_tensor(labels).cpu()
         if labels.shape != (images.count,):
@@ -660,7 +662,7 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
         figures[1] = frechet_distance(*got.spatial, *ref.spatial)
         figures[2:] = math.nan
         if ref.features is not None and min(len(ref.features), got.count) > 3:
-            figures[2:] = torch.tensor(precision_recall(ref.features, got.features))
+            figures[2:] = torch.tensor(precision_recall(ref.features, got.features), dtype=torch.float64)
     fid, sfid, precision, recall = total(figures).tolist()  # the other ranks add zeros
     out = {"fid": fid, "sfid": sfid, "is": got.score, "precision": precision, "recall": recall}
     return out if labels is None else {**out, "accuracy": got.accuracy}
@@ -700,9 +702,10 @@ def main(argv=None):
                    "[%(default)s]")
     p.add_argument("--json", action="store_true", help="a JSON list instead of the Markdown table [off]")
     p.add_argument("--save-stats", metavar="FILE", help="also write REFERENCE as an ADM .npz [not written]")
+    if quiet := int(os.environ.get("RANK", "0")) > 0:  # while every rank would say the same: rank 0 does, and torchrun ends the others
+        p.error = lambda _: p.exit(2, time.sleep(30))
     args = p.parse_args(argv)
     distributed, rows = "LOCAL_RANK" in os.environ and not dist.is_initialized(), []
-    quiet = int(os.environ.get("RANK", "0")) > 0  # while every rank would say the same
     try:
         if args.batch < 1:
             raise ValueError(f"--batch must be at least 1 image, not {args.batch}")
@@ -729,13 +732,16 @@ def main(argv=None):
             with suppress(OSError, ValueError, KeyError, TypeError), \
                     open(os.path.splitext(images.name)[0] + ".json", encoding="utf-8") as f:
                 rule = str(json.load(f)["class_labels"])
-            figures = evaluate(images, ref, batch=args.batch, progress=True)
+            labels = read_npz(images.name, "labels").copy() if features == "digits" and "labels" in npz_keys(images.name) else None
+            figures = evaluate(images, ref, batch=args.batch, labels=labels, progress=True)
             rows.append({"samples": images.name, "images": images.count, "labels": rule,
                          **{k: None if math.isnan(v) else v for k, v in figures.items()}})
         if out and world()[0] == 0:
             save_stats(out, ref)
     except (ValueError, OSError) as e:
-        if not quiet:
+        if quiet:
+            time.sleep(30)  # rank 0 says it, and torchrun then ends this one
+        else:
             print(f"fid.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     if args.json and world()[0] == 0:

@@ -12,8 +12,10 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -42,6 +44,7 @@ def variational_bound(x0, noise, eps, share, t):
     lies between the posterior's and log beta (improved DDPM, Eq. 15). t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0:
     -log p of the 8-bit value that x0 stands for, with the exact normal distribution function (ADM's code has a tanh in its place).
     """
+    dtype = x0.dtype
     x0, noise, eps, share = (x.double() for x in (x0, noise, eps, share))
     abar, beta = (table.to(x0.device)[t].view(-1, 1, 1, 1) for table in (ALPHA_BARS, BETAS))
     low = beta * (1 - abar / (1 - beta)) / (1 - abar)                                              # the posterior's variance
@@ -54,7 +57,7 @@ def variational_bound(x0, noise, eps, share, t):
         return torch.special.ndtr((x - x0 + off) * (-log_var / 2).exp())
     upper, lower = torch.where(x0 > 0.999, 1, below(x0 + 1 / 255)), torch.where(x0 < -0.999, 0, below(x0 - 1 / 255))
     nll = -(upper - lower).clamp(min=1e-12).log()
-    return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)).float() / math.log(2)
+    return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)).to(dtype) / math.log(2)
 
 
 def create_model(name, *, input_size, in_channels, num_classes, scale_aware=False, empty_class=True, freq_divisor=127,
@@ -282,6 +285,8 @@ def grid_scores(x, y):
 def load_vae(name, device="cpu"):
     """diffusers' AutoencoderKL from a hub name or a local folder, frozen. ValueError if it can't be had."""
     from diffusers import AutoencoderKL
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # the error says it
     try:
         vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except (OSError, ValueError) as e:
@@ -319,8 +324,10 @@ class Latents(Dataset):
         weights, files = hashlib.sha256(), hashlib.sha256()
         for key, value in vae.state_dict().items():
             weights.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-        for path in images.images:  # their names: to look into 1.28 million files takes too long
+        for path in images.images:
             files.update(os.fsencode(path[len(images.data):].lstrip(os.sep)) + b"\0")
+        for path in images.images[::-(-len(images) // 1000)]:  # and not all contents: to read 1.28 million files takes too long
+            files.update(hashlib.sha256(Path(path).read_bytes()).digest())
         self.header = {"vae": name, "vae_sha256": weights.hexdigest(), "scale": vae.config.scaling_factor, "size": images.size,
                        "crop": "ADM's, centre", "flips": "plain, flipped", "values": "mean, std", "dtype": "float16",
                        "count": len(images), "shape": [len(images), 2, 2, *shape], "classes": images.classes,
@@ -504,7 +511,8 @@ def read_checkpoint(path):
     if corrupt:
         raise ValueError(f"{path}: corrupt, its checksums are wrong; delete it, or copy it again")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script pickles its flags
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # DiT's training script pickles its flags
+            warnings.simplefilter("ignore")  # of a pickle protocol that it is about to refuse
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: not a checkpoint, or one with code in its pickle, which is never run") from None
@@ -595,7 +603,7 @@ def from_public(checkpoint, weights, path):
     if halves not in (1, 2):
         raise ValueError(f"{path}: {halves:g} times as many output channels as input channels is neither DiT's nor SiT's")
     hint = f"{getattr(checkpoint.get('args'), 'model', '') if nested else ''} {Path(path).name}".lower()
-    kinds = [kind for kind in ("DiT", "SiT") if kind.lower() in hint] if halves == 2 else ["SiT"]
+    kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)] if halves == 2 else ["SiT"]
     if len(kinds) != 1:
         raise ValueError(f"{path}: DiT's and SiT's files look alike; have exactly one of DiT and SiT in the file's name")
     if kinds[0] == "SiT" and halves == 2:
@@ -701,6 +709,8 @@ def from_diffusers(folder):
     """The state dict and configuration of such a folder, ours (with its mg.json) or anybody's."""
     from diffusers import DiTTransformer2DModel
     try:
+        if not (folder / "transformer").is_dir():
+            raise OSError
         transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", use_safetensors=True,
                                                               local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError):
@@ -735,14 +745,14 @@ def flops(model):
 
 
 def main():
-    print("| model | parameters (M) | GFLOPs a pass (multiply-adds; 32x32x4 latents of 256x256 images, T: 8x8 digits) |\n|---|---|---|")
+    print("| model | parameters (M) | GFLOPs a pass (multiply-adds; 32x32x4 latents of 256x256 images, T: 8x8 digits, MLP: points) |\n"
+          "|---|---|---|")
     a_pass = {}
-    for name in NAMES[:-1]:
-        size = 8 if "-T/" in name else 32
+    for name in NAMES:
+        size, channels, classes = (1, 2, 2) if name == "MLP" else (8, 1, 10) if "-T/" in name else (32, 4, 1000)
         with torch.device("meta"):
-            model = create_model(name, input_size=size, **({"in_channels": 1, "num_classes": 10} if size == 8 else
-                                                            {"in_channels": 4, "num_classes": 1000}))
-        parameters = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()  # DiT counts the positions
+            model = create_model(name, input_size=size, in_channels=channels, num_classes=classes)
+        parameters = sum(p.numel() for p in [*model.parameters(), *model.buffers()]) - 128  # DiT counts the positions, not freqs
         a_pass[name] = flops(model)
         gflops = a_pass[name] / 2e9
         print(f"| {name} | {parameters / 1e6:.2f} | {gflops:.{2 if gflops > 0.1 else 4}f} |")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, write_json
 
 
+@torch.no_grad()
 def predict(model, x, t, y, w, cfg, interval, noise_time):
     """One network call, with classifier-free guidance (Eq. 9) where noise_time is in the interval: float64, as x.
 
@@ -38,7 +39,7 @@ def predict(model, x, t, y, w, cfg, interval, noise_time):
     guided = cfg != 1 and interval[0] <= noise_time <= interval[1]
     if not guided:
         return model(x.float(), t, y, *(() if w is None else (w,))).double()
-    scale = () if w is None else (torch.tensor([w, 0.0], device=x.device).repeat_interleave(len(x)),)  # Eq. 22: (empty, 0)
+    scale = () if w is None else (torch.cat([torch.as_tensor(w).to(x).expand(len(x)), torch.zeros(len(x)).to(x)]),)  # (empty, 0): Eq. 22
     cond, uncond = model(torch.cat([x, x]).float(), torch.cat([t, t]),
                          torch.cat([y, torch.full_like(y, model.num_classes)]), *scale).double().chunk(2)
     out, empty = cond[:, :x.shape[1]], uncond[:, :x.shape[1]]
@@ -137,10 +138,10 @@ KINDS = {"SiT": ("euler-maruyama", "euler", "heun"), "DiT": ("ddpm", "ddim")}  #
 
 def choose_sampler(name, model):
     """The sampler of that name, or the paper's for this model. ValueError if it doesn't fit what the network predicts."""
-    kind = getattr(model, "kind", "network")  # a network from elsewhere doesn't say
-    fitting = KINDS.get(kind, tuple(SAMPLERS))
-    if name not in (None, *fitting):
-        raise ValueError(f"--sampler {name}: a {kind} takes {', '.join(fitting)}")
+    kind = getattr(model, "kind", None)  # a network from elsewhere doesn't say
+    fitting = KINDS[kind or ("DiT" if getattr(model, "learn_sigma", False) else "SiT")]
+    if name not in (None, *(fitting if kind else SAMPLERS)):
+        raise ValueError(f"--sampler {name}: a {kind or 'network'} takes {', '.join(fitting if kind else SAMPLERS)}")
     return name or fitting[getattr(model, "input_size", 0) == 1]  # points: without noise, to see the paths
 
 
@@ -166,7 +167,7 @@ def draw(model, labels, seeds, *, sampler=None, **options):
 
     def randn():
         return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(device)
-    return SAMPLERS[choose_sampler(sampler, model)](model, randn(), labels.to(device), randn=randn, **options)
+    return SAMPLERS[choose_sampler(sampler, model)](model, randn(), torch.as_tensor(labels).to(device), randn=randn, **options)
 
 
 def to_uint8(x):
@@ -252,7 +253,8 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
         if rank == 0:
             files = [parts / f"{start}.npy" for start in starts]
             if path.suffix == ".png":
-                save_grid(np.concatenate([np.load(file) for file in files]), path, columns)
+                drawn = np.concatenate([np.load(file) for file in files])
+                save_points(drawn, labels, path) if model.input_size == 1 else save_grid(drawn, path, columns)
             else:
                 save_npz(path, labels.numpy(), files)
             write_json(path.with_suffix(".json"), record)
@@ -298,12 +300,17 @@ def plot_points(axis, x, y, size=1.0):
     axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
 
 
+def save_points(x, y, path):
+    """A picture of points x (N, 2) of labels y (N,)."""
+    figure, axes = new_figure(1, 1, 5)
+    plot_points(axes[0, 0], x, y)
+    save_figure(figure, path)
+
+
 def save_classes(drawn, labels, rows_of, path):
     """What write_samples() drew, as a picture: points (N, 2) all in one, of images up to ten of each class in rows_of."""
     if drawn.ndim == 2:
-        figure, axes = new_figure(1, 1, 5)
-        plot_points(axes[0, 0], drawn, labels)
-        save_figure(figure, path)
+        save_points(drawn, labels, path)
     else:
         columns = max(1, min(10, min(int((labels == c).sum()) for c in rows_of)))
         save_grid(drawn[torch.cat([(labels == c).nonzero().flatten()[:columns] for c in rows_of])], path, columns)
@@ -356,13 +363,13 @@ def measured_scale(model, plain, n=20_000):
 def draw_panels(model, plain, path, *, w, cfg, num, seed, **options):
     """Fig. 2: samples, paths and density of the plain network, with and without labels and with CFG, and of `model`.
 
-    -> rows of the printed table, a network each.
+    plain None: those of `model` alone. -> rows of the printed table, a column of the figure each.
     """
-    figure, axes = new_figure(3, 4, 3)
     both, none, rows = torch.arange(num) % 2, torch.full((num,), 2), []
-    for column, (name, net, labels, scale) in enumerate([
-            ("conditional", plain, both, 1.0), ("unconditional", plain, none, 1.0), (f"CFG {cfg:.3g}", plain, both, cfg),
-            (f"MG {w:.3g}, one pass" if w else "MG, one pass", model, both, 1.0)]):
+    columns = [("conditional", plain or model, both, 1.0), ("unconditional", plain or model, none, 1.0),
+               (f"CFG {cfg:.3g}", plain or model, both, cfg)] + ([(f"MG {w:.3g}, one pass", model, both, 1.0)] if plain else [])
+    figure, axes = new_figure(3, len(columns), 3)
+    for column, (name, net, labels, scale) in enumerate(columns):
         seen = []
         with net.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][:60].flatten(1).clone())):
             x = draw(net, labels, seed * 2 ** 32 + torch.arange(num), cfg=scale, progress=True, **options).flatten(1)
@@ -463,14 +470,18 @@ def parse_args(argv):
     p.add_argument("--to-diffusers", metavar="DIR", help="draw nothing; write a folder for diffusers' DiTPipeline (DiT only) [off]")
     p.add_argument("--figure", metavar="PNG", help="2-D checkpoints: one, Fig. 2 (--cfg [1/(2-w)] on the plain one); several, of any w "
                    "and --seed: outliers and coverage over the scale, and the scale measured. Prints the numbers [off]")
-    p.add_argument("--compare", nargs="+", metavar="PLAIN", help="with --figure: checkpoints trained with --w 1, one, or one a seed [none]")
+    p.add_argument("--compare", nargs="+", metavar="PLAIN", help="with --figure: checkpoints trained with --w 1, one, or one a seed [none: "
+                   "Fig. 2 of CKPT alone]")
     p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [the checkpoint's; none: pixels]")
+    if int(os.environ.get("RANK", "0")):  # every process would say the same: the first one does, and torchrun ends the others
+        p.error = lambda _: p.exit(2, time.sleep(30))
     args = p.parse_args(argv)
     for flag, value, ok, rule in [
             ("--num", args.num, args.num is None or args.num > 0, "at least 1"),
             ("--steps", args.steps, args.steps > 0, "at least 1"),
             ("--cfg", args.cfg, args.cfg is None or math.isfinite(args.cfg), "a number"),
-            ("--figure", args.figure, not args.figure or (args.figure.endswith(".png") and args.compare), "a .png, with --compare"),
+            ("--figure", args.figure, not args.figure or args.figure.endswith(".png"), "a .png"),
+            ("--figure", args.figure, not args.figure or args.compare or len(args.checkpoint) == 1, "given with --compare for several"),
             ("--compare", args.compare, args.figure or not args.compare, "left out without --figure"),
             ("--figure", args.figure, not args.figure or not (args.labels or args.class_labels or args.w or args.to_diffusers or args.vae),
              "given without --labels, --class-labels, --w, --vae and --to-diffusers"),
@@ -491,7 +502,7 @@ def parse_args(argv):
 
 def main_figure(args):
     """--figure: prints the table, writes the picture. ValueError for checkpoints that aren't of the 2-D grid."""
-    networks, plains = ([(path, *load_checkpoint(path, weights=args.weights)) for path in paths]
+    networks, plains = ([(path, *load_checkpoint(path, weights=args.weights)) for path in paths or []]
                         for paths in (args.checkpoint, args.compare))
     for path, net, config in networks + plains:
         if net.input_size != 1 or net.in_channels != 2 or net.num_classes != 2 or not net.empty_class or net.scale_aware:
@@ -507,9 +518,10 @@ def main_figure(args):
     else:
         (_, net, config), w = networks[0], networks[0][2]["w"]
         cfg = args.cfg or (1 / (2 - w) if w < 2 else 4.0)
-        rows = draw_panels(net, plains[0][1], args.figure, w=w, cfg=cfg, **options)
-        print(f"CFG scale measured in MG's output: {measured_scale(net, plains[0][1]):.3f}"
-              + (f"; 1/(2-w) = {1 / (2 - w):.3f}" if w < 2 else "; none is its limit at w >= 2"))
+        rows = draw_panels(net, plains[0][1] if plains else None, args.figure, w=w, cfg=cfg, **options)
+        if plains:
+            print(f"CFG scale measured in MG's output: {measured_scale(net, plains[0][1]):.3f}"
+                  + (f"; 1/(2-w) = {1 / (2 - w):.3f}" if w < 2 else "; none is its limit at w >= 2"))
     print_table(rows)
     print(f"{args.figure}: {options['num']} points each, {args.steps} steps, seed {args.seed}")
 
@@ -541,44 +553,46 @@ def main(argv=None):
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        if args.figure:
-            if rank == 0:
-                main_figure(args)
-            return
-        model, config = load_checkpoint(args.checkpoint, weights=args.weights, device=device)
-        labels, rule, columns = choose_labels(args, model.num_classes)
-        vae_name = args.vae or config["vae"]
-        vae = None if vae_name in (None, "none") else load_vae(vae_name, device)
-        if vae and vae.config.latent_channels != model.in_channels:
-            raise ValueError(f"--vae {vae_name}: has {vae.config.latent_channels} channels, and this checkpoint {model.in_channels}")
-        if args.w is not None and not model.scale_aware:
-            raise ValueError(f"--w {args.w}: this checkpoint was trained at one scale; --w needs one trained with --w-range")
-        if args.cfg != 1 and not model.empty_class:
-            raise ValueError(f"--cfg {args.cfg}: this checkpoint has no empty class; leave --cfg at 1")
-        if model.kind == "DiT" and args.steps > len(ALPHA_BARS):
-            raise ValueError(f"--steps {args.steps}: a DiT has 1 to {len(ALPHA_BARS)}")
-        if model.input_size == 1 and args.out.endswith(".png"):
-            raise ValueError(f"--out {args.out}: a 2-D checkpoint draws points, into an .npz; --figure draws pictures")
-        if args.to_diffusers:
-            save_diffusers(model, config, vae, args.to_diffusers)
-            print(f"{args.to_diffusers}: DiTPipeline.from_pretrained loads it" + ("" if model.freq_divisor == 127 else
-                  "; but diffusers embeds t at other frequencies than this file was trained with, so its images differ"))
-            return
+        with together():
+            if args.figure:
+                if rank == 0:
+                    main_figure(args)
+                return
+            model, config = load_checkpoint(args.checkpoint, weights=args.weights, device=device)
+            labels, rule, columns = choose_labels(args, model.num_classes)
+            vae_name = args.vae or config["vae"]
+            vae = None if vae_name in (None, "none") else load_vae(vae_name, device)
+            if vae and vae.config.latent_channels != model.in_channels:
+                raise ValueError(f"--vae {vae_name}: has {vae.config.latent_channels} channels, and this checkpoint {model.in_channels}")
+            if args.w is not None and not model.scale_aware:
+                raise ValueError(f"--w {args.w}: this checkpoint was trained at one scale; --w needs one trained with --w-range")
+            if args.cfg != 1 and not model.empty_class:
+                raise ValueError(f"--cfg {args.cfg}: this checkpoint has no empty class; leave --cfg at 1")
+            if model.kind == "DiT" and args.steps > len(ALPHA_BARS):
+                raise ValueError(f"--steps {args.steps}: a DiT has 1 to {len(ALPHA_BARS)}")
+            choose_sampler(args.sampler, model)
+            if args.to_diffusers:
+                if rank == 0:
+                    save_diffusers(model, config, vae, args.to_diffusers)
+                    print(f"{args.to_diffusers}: DiTPipeline.from_pretrained loads it" + ("" if model.freq_divisor == 127 else
+                          "; but diffusers embeds t at other frequencies than this file was trained with, so its images differ"))
+                return
         record = {"checkpoint": args.checkpoint, "step": config.get("step"), "weights": args.weights,
                   "model": config["model"], "trained_w": config.get("w_range") or config.get("w"),
                   "vae": vae_name, "class_labels": rule, "labels": args.labels}
         speed = write_samples(args.out, model, labels, args.seed, vae=vae, batch=args.batch, dtype=args.dtype,
                               columns=columns, record=record, sampler=args.sampler, steps=args.steps, w=args.w,
                               cfg=args.cfg, interval=args.interval)
+        if rank == 0:
+            print(f"{args.out}: {len(labels)} images, labels {rule}, {choose_sampler(args.sampler, model)}, {args.steps} steps, "
+                  f"w {record['trained_w'] if args.w is None else args.w}, cfg {args.cfg}, {args.dtype}, seed {args.seed}; {speed}")
+            if model.input_size == 1 and args.out.endswith(".npz"):
+                print_table([grid_scores(torch.from_numpy(np.load(args.out)["arr_0"]), labels)])
     except (ValueError, OSError) as e:
         parser.exit(2, None if rank else f"{parser.prog}: error: {e}\n")  # the other processes would say the same
-    if rank == 0:
-        print(f"{args.out}: {len(labels)} images, labels {rule}, {choose_sampler(args.sampler, model)}, {args.steps} steps, "
-              f"w {record['trained_w'] if args.w is None else args.w}, cfg {args.cfg}, {args.dtype}, seed {args.seed}; {speed}")
-        if model.input_size == 1:
-            print_table([grid_scores(torch.from_numpy(np.load(args.out)["arr_0"]), labels)])
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

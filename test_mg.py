@@ -819,6 +819,26 @@ def readme_commands():
     return [[word for word in line.split("\037")[:-1] if word != "--"] for line in done.stdout.splitlines()]
 
 
+def test_the_readmes_code():
+    """Its first lines make mg_loss's target; those to copy train a network."""
+    idea, use = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    model, ema, b = random_model(seed=1), random_model(seed=2), batch()
+    given = {"x0": b["x0"], "y": b["y"], "w": 1.5}
+    s = b["t"].view(-1, 1, 1, 1)
+    names = {**given, "torch": torch, "ema": ema, "t": b["t"], "noise": b["noise"], "x_t": (1 - s) * b["x0"] + s * b["noise"],
+             "empty": torch.full_like(b["y"], 10)}
+    exec(idea, names)  # noqa: S102
+    want = (model(names["x_t"], b["t"], b["y"]) - names["target"]).square().mean((1, 2, 3))
+    torch.testing.assert_close(train_sit_mg.mg_loss(model, ema, **given, drop=0, t=b["t"], noise=b["noise"]), want)
+    names = {**given, "torch": torch, "copy": copy, "model": model, "optimizer": torch.optim.AdamW(model.parameters(), 1e-3)}
+    before = copy.deepcopy(model.state_dict())
+    exec(use, names)  # noqa: S102
+    assert all((model.state_dict()[key] != value).any() for key, value in before.items() if key.endswith("weight"))
+    assert not any(p.requires_grad for p in names["ema"].parameters())
+    for key, value in names["ema"].state_dict().items():
+        torch.testing.assert_close(value, before[key].lerp(model.state_dict()[key], 1 - 0.9999), rtol=0, atol=1e-6)
+
+
 def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
     """Each of them, one after the other, on few images; those that need ImageNet, public weights or GPUs say that they weren't run."""
     monkeypatch.chdir(tmp_path)
@@ -1237,7 +1257,7 @@ def test_fault_a_signal_during_an_evaluation(tmp_path):
 
     def in_evaluation(_):
         real = fid.evaluate
-        fid.evaluate = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or real(*args)
+        fid.evaluate = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM) or real(*args, **kwargs)
 
     def in_setup(_):
         fid.real_images = lambda *_: os.kill(os.getpid(), signal.SIGINT)
@@ -1815,6 +1835,8 @@ def test_latents_refused_by_the_script(tmp_path):
         error = error_of(train_sit_mg.main, *flags, "--workers", workers)
         assert "3.png: unreadable image" in error and "Traceback" not in error
     (tmp_path / "images" / "dog" / "3.png").write_bytes(whole)
+    assert "files_sha256" in error_of(train_sit_mg.main, *flags, "--workers", 0)  # the same names, other contents
+    shutil.rmtree(cache)
     train("SiT", out, *flags, "--workers", 0)
     assert len(losses(out)) == 1
 
@@ -1944,8 +1966,12 @@ def test_training_on_the_grid(kind, tmp_path, capsys):
     main(mg, tmp_path / "parts" / "ckpt.pt", *few, "--figure", tmp_path / "law.png", "--compare", plain, tmp_path / "plain1" / "ckpt.pt")
     table = capsys.readouterr().out
     assert re.search(r"\| CFG 1.33 \| +\| .* \| 2 \|", table) and re.search(r"\| MG 1.5 \| 2.000 \| .* \| 2 \|", table)
-    assert "--out" in error_of(sample.main, mg, "--out", tmp_path / "x.png")
-    assert "--compare" in error_of(sample.main, mg, "--figure", tmp_path / "x.png")
+    main(mg, *few, "--figure", tmp_path / "alone.png")
+    table = capsys.readouterr().out
+    assert "| CFG 2 |" in table and "MG" not in table and (tmp_path / "alone.png").stat().st_size > 10_000
+    main(mg, *few, "--out", tmp_path / "points.png")
+    assert (tmp_path / "points.png").stat().st_size > 1000
+    assert "--compare" in error_of(sample.main, mg, plain, "--figure", tmp_path / "x.png")
     assert "--compare" in error_of(sample.main, mg, "--figure", tmp_path / "x.png", "--compare", mg)
     assert "CKPT" in error_of(sample.main, mg, mg, "--out", tmp_path / "x.npz")
     digits = save_random(tmp_path / "digits.pt", random_model(), "SiT-T/2")
@@ -1961,7 +1987,7 @@ def test_training_on_the_grid(kind, tmp_path, capsys):
 def test_automatic_w(rule, scores, expected, tmp_path, monkeypatch):
     """The sequence of w from a script of scores; each log row has the w that its steps were trained with."""
     script = iter(scores)
-    monkeypatch.setattr(train_sit_mg.fid, "evaluate", lambda *_: {"fid": next(script)})
+    monkeypatch.setattr(train_sit_mg.fid, "evaluate", lambda *_, **__: {"fid": next(script)})
     train("SiT", tmp_path, "--w", "auto", "--auto-rule", rule, "--auto-step", 0.2, "--eval-every", 2, "--steps", 8, "--log-every", 2)
     with open(tmp_path / "log.csv", newline="") as f:
         assert [float(row["w"]) for row in csv.DictReader(f)] == pytest.approx(expected)
@@ -1975,7 +2001,7 @@ def test_automatic_w(rule, scores, expected, tmp_path, monkeypatch):
 def test_automatic_w_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Also where the checkpoint's step was to be evaluated: checkpoints are from before that. More guidance always scores better here."""
     falling = itertools.count(0, -1)
-    monkeypatch.setattr(train_sit_mg.fid, "evaluate", lambda *_: {"fid": next(falling)})
+    monkeypatch.setattr(train_sit_mg.fid, "evaluate", lambda *_, **__: {"fid": next(falling)})
     flags = ["--w", "auto", "--eval-every", 2, "--auto-step", 0.5]
     train("SiT", tmp_path / "whole", "--steps", 5, *flags)
     train("SiT", tmp_path / "parts", "--steps", 2, *flags)
@@ -2411,7 +2437,7 @@ def test_fid_two_processes(tmp_path):
         torch.distributed.init_process_group("gloo")
         rank, fid.SPLIT, fid.MANIFOLD = torch.distributed.get_rank(), 64, 1000
         ref = fid.load_reference("digits", "digits")
-        out = [fid.evaluate(x[rank::2], ref, labels=y[rank::2], batch=10), fid.evaluate(str(tmp_path / "x.npz"), ref),
+        out = [fid.evaluate(x[rank::2], ref, labels=y[rank::2], batch=10), fid.evaluate(str(tmp_path / "x.npz"), ref, labels=y),
                fid.evaluate(str(tmp_path / "one.npz"), x[rank::2], "digits")]
         (tmp_path / f"{rank}.json").write_text(json.dumps(out))
         torch.distributed.destroy_process_group()
@@ -2428,6 +2454,7 @@ def test_fid_two_processes(tmp_path):
     status, out, err = run("fid.py", tmp_path / "x.npz", "digits", "--json", processes=2)
     assert status == 0, err
     alone = fid.evaluate(str(tmp_path / "x.npz"), "digits", "digits")
+    assert list(alone) == ["fid", "sfid", "is", "precision", "recall"]  # accuracy is of labels that are given
     (row,) = json.loads(out)
     assert {k: row[k] for k in alone} == pytest.approx(alone, rel=1e-5)
 
@@ -2603,7 +2630,7 @@ def test_fid_help_is_quick_and_complete():
     assert time.time() - start < 15
     for flag in ("--features", "--weights", "--batch", "--json", "--save-stats"):
         assert flag in out
-    assert out.count("(default:") == 5
+    assert out.count("]\n") == 5  # defaults
 
 
 # ---------------------------------------------------------------- python test_mg.py: benchmarks

@@ -127,7 +127,8 @@ def parse_args(argv):
     g.add_argument("--vae", metavar="NAME", help="hub name or folder of diffusers' AutoencoderKL; none: train on pixels [preset]")
     g.add_argument("--latents", metavar="DIR", help="encode all images once, into this folder (ImageNet-256: about 42 GB), and train "
                                                     "from it [encode in every step]")
-    g.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read a folder's images [%(default)s]")
+    g.add_argument("--workers", type=int, default=min(4, os.cpu_count()), metavar="N", help="processes that read a folder's images "
+                   "[up to 4]")
     g = p.add_argument_group("guidance")
     g.add_argument("--w", type=number_or_auto, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w), 2 is the limit (Eq. 18, 20); "
                    "auto: found while training (Sec. 3.3) [1.5]")
@@ -175,11 +176,14 @@ def parse_args(argv):
     g.add_argument("--eval-batch", type=int, metavar="N", help="images drawn at once, per process [preset]")
     g.add_argument("--reference", metavar="FILE", help="what samples are scored against: an ADM .npz, one of fid.py --save-stats, or a "
                    "folder [--data]")
-    g.add_argument("--save-every", type=int, metavar="STEPS", help="between checkpoints; 0: at evaluations and the end only [preset]")
+    g.add_argument("--save-every", type=int, metavar="STEPS", help="between checkpoints, which come before evaluations too; 0: at the end "
+                   "only [preset]")
     g.add_argument("--log-every", type=int, metavar="STEPS", help="between rows of log.csv [preset]")
     g.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU in bf16, for the MFU shown [known for some GPUs]")
     g.add_argument("--out", metavar="DIR", help="for ckpt.pt, log.csv, samples, curves.png; the same command again resumes "
                    "[out/MODEL-DATA-wW]")
+    if int(os.environ.get("RANK", "0")):  # every process would say the same: the first one does, and torchrun ends the others
+        p.error = lambda _: p.exit(2, time.sleep(30))
     args = p.parse_args(argv)
     args.data = os.path.normpath(args.data)
     for key, value in PRESETS.get(args.data, PRESETS["folder"]).items():
@@ -234,7 +238,7 @@ def parse_args(argv):
             *((f"--{name.replace('_', '-')}", getattr(args, name) >= 0, "0 or more")
               for name in ("start", "w_ramp", "eval_every", "eval_samples", "save_every", "workers")),
             ("--num-labels", args.num_labels is None or args.num_labels >= 1, "at least 1"),
-            ("--eval-samples", args.eval_samples != 1, "0, or at least 2")]:
+            ("--eval-samples", args.eval_samples not in (1, 2, 3), "0, or at least 4")]:
         if not ok:
             p.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: must be {rule}")
     return args, p
@@ -310,6 +314,8 @@ def main(argv=None):
         """Ends the run with one line. Unless the error is in this process alone, the first one says it for all."""
         if bar is not None:
             bar.close()
+        elif ddp:
+            dist.destroy_process_group()  # its threads would abort the exit; with DDP around, it would wait for them
         line = str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")  # a worker's has its traceback above it
         parser.exit(2, f"{parser.prog}: error: {line}\n" if alone or rank == 0 else None)
 
@@ -445,7 +451,7 @@ def main(argv=None):
                 return {}
             if args.data == "grid":
                 return models.grid_scores(torch.from_numpy(np.load(path)["arr_0"]), labels)
-            return fid.evaluate(path, reference)
+            return fid.evaluate(path, reference, labels=labels)
         metrics = score(path, 1.0)
         if args.w == "auto" and step >= args.start and step < args.steps:
             # 3.3: w moves as a moving average towards its bounds. The paper's words, "raised when quality decreases and suppressed
@@ -520,7 +526,7 @@ def main(argv=None):
         posterior = torch.randn(args.batch, *shape, generator=generator, device=device) if vae else None
         for a in range(args.accum):
             part = slice((a * world + rank) * micro, (a * world + rank + 1) * micro)
-            with stopping(alone=True):  # an image that can't be read
+            with stopping(), together():  # an image that can't be read
                 x, y = next(data)
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             if latents:
@@ -551,8 +557,8 @@ def main(argv=None):
         if ddp:
             dist.all_reduce(ended, dist.ReduceOp.MAX)  # a signal in one process is one for all; on the CPU, the GPU works on
         ended = int(ended)
-        saving = due(step) or (args.save_every and step % args.save_every == 0)
-        logging = saving or step % args.log_every == 0
+        saving = step == args.steps or (args.save_every and (due(step) or step % args.save_every == 0))
+        logging = saving or due(step) or step % args.log_every == 0
         if not (logging or ended):
             continue
         new = torch.stack([torch.stack(losses).view(-1, args.accum).sum(1), torch.stack(norms)])   # (2, steps since last here)
