@@ -365,22 +365,22 @@ def draw_panels(model, plain, path, *, w, cfg, num, seed, **options):
 
     plain None: those of `model` alone. -> rows of the printed table, a column of the figure each.
     """
-    both, none, rows = torch.arange(num) % 2, torch.full((num,), 2), []
+    both, none, rows, shown = torch.arange(num) % 2, torch.full((num,), 2), [], min(60, num)  # shown: paths
     columns = [("conditional", plain or model, both, 1.0), ("unconditional", plain or model, none, 1.0),
                (f"CFG {cfg:.3g}", plain or model, both, cfg)] + ([(f"MG {w:.3g}, one pass", model, both, 1.0)] if plain else [])
     figure, axes = new_figure(3, len(columns), 3)
     for column, (name, net, labels, scale) in enumerate(columns):
         seen = []
-        with net.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][:60].flatten(1).clone())):
+        with net.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][:shown].flatten(1).clone())):
             x = draw(net, labels, seed * 2 ** 32 + torch.arange(num), cfg=scale, progress=True, **options).flatten(1)
         scores = grid_scores(x, labels)
         rows.append({"": name} | scores)
         plot_points(axes[0, column], x[:3000], labels[:3000])
         axes[0, column].set_title(f"{name}\noutliers {scores['outliers']:.3f}, coverage {scores['coverage']:.3f}", fontsize=9)
-        paths = torch.stack([*seen, x[:60]])                                                       # (steps + 1, 60, 2)
-        for i in range(60):
+        paths = torch.stack([*seen, x[:shown]])                                                    # (steps + 1, shown, 2)
+        for i in range(shown):
             axes[1, column].plot(*paths[:, i].T, color=COLOURS[labels[i]], linewidth=0.5)
-        plot_points(axes[1, column], x[:60], labels[:60], size=6)
+        plot_points(axes[1, column], x[:shown], labels[:shown], size=6)
         counts, *_ = np.histogram2d(*x.T.numpy(), bins=52, range=[(-2.6, 2.6)] * 2)
         axes[2, column].imshow(counts.T / num / 0.1 ** 2, origin="lower", extent=(-2.6, 2.6) * 2, cmap="magma",
                                vmin=0, vmax=3 / 16)  # exact: 1/16 on all of the board

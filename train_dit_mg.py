@@ -1,6 +1,5 @@
-"""DiT with Model-guidance (MG): `torchrun train_dit_mg.py --w 1.5`. Larger t is noisier, t = 999 almost pure noise: t in 0..999,
-x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, and the network predicts eps and, in C more channels, where the reverse variance
-lies between its bounds (improved DDPM, Eq. 15).
+"""DiT with Model-guidance (MG): `torchrun train_dit_mg.py --w 1.5`. Larger t is noisier, t in 0..999: x_t = sqrt(abar_t) x_0 +
+sqrt(1 - abar_t) eps, and the network predicts eps and, in C more channels, where the variance lies (improved DDPM, Eq. 15).
 
 The whole algorithm is mg_loss() and the fenced training step. w = 1 is no guidance (Table 3's scale; Eq. 18 and 20 write our w-1
 as w); label num_classes is the empty class; images are NCHW in [-1, 1], latents the VAE's times its scaling_factor.

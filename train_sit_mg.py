@@ -1,6 +1,5 @@
-"""SiT with Model-guidance (MG): `torchrun train_sit_mg.py --w 1.5`. Larger t is noisier, t = 1 pure noise: t in [0, 1],
-x_t = (1-t) x_0 + t eps, and the network predicts v = dx_t/dt = eps - x_0. (The paper's Eq. 6 writes u = x_0 - eps = -v; MG is
-linear, so nothing else changes.)
+"""SiT with Model-guidance (MG): `torchrun train_sit_mg.py --w 1.5`. Larger t is noisier, t in [0, 1]: x_t = (1-t) x_0 + t eps, and
+the network predicts v = dx_t/dt = eps - x_0. (The paper's Eq. 6: u = x_0 - eps = -v; MG is linear, so nothing else changes.)
 
 The whole algorithm is mg_loss() and the fenced training step. w = 1 is no guidance (Table 3's scale; Eq. 18 and 20 write our w-1
 as w); label num_classes is the empty class; images are NCHW in [-1, 1], latents the VAE's times its scaling_factor.
