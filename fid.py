@@ -702,8 +702,15 @@ def main(argv=None):
                    "[%(default)s]")
     p.add_argument("--json", action="store_true", help="a JSON list instead of the Markdown table [off]")
     p.add_argument("--save-stats", metavar="FILE", help="also write REFERENCE as an ADM .npz [not written]")
-    if quiet := int(os.environ.get("RANK", "0")) > 0:  # while every rank would say the same: rank 0 does, and torchrun ends the others
-        p.error = lambda _: p.exit(2, time.sleep(30))
+    quiet = int(os.environ.get("LOCAL_RANK", "0")) > 0  # while every rank would say the same
+
+    def stop(error):
+        if quiet:
+            time.sleep(30)  # a node's first rank says it, and torchrun then ends this one
+        else:
+            print(f"fid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    p.error = stop
     args = p.parse_args(argv)
     distributed, rows = "LOCAL_RANK" in os.environ and not dist.is_initialized(), []
     try:
@@ -732,18 +739,16 @@ def main(argv=None):
             with suppress(OSError, ValueError, KeyError, TypeError), \
                     open(os.path.splitext(images.name)[0] + ".json", encoding="utf-8") as f:
                 rule = str(json.load(f)["class_labels"])
-            labels = read_npz(images.name, "labels").copy() if features == "digits" and "labels" in npz_keys(images.name) else None
+            labels = None
+            if features == "digits" and "labels" in npz_keys(images.name):
+                labels = read_npz(images.name, "labels").astype(np.int64)
             figures = evaluate(images, ref, batch=args.batch, labels=labels, progress=True)
             rows.append({"samples": images.name, "images": images.count, "labels": rule,
                          **{k: None if math.isnan(v) else v for k, v in figures.items()}})
         if out and world()[0] == 0:
             save_stats(out, ref)
     except (ValueError, OSError) as e:
-        if quiet:
-            time.sleep(30)  # rank 0 says it, and torchrun then ends this one
-        else:
-            print(f"fid.py: error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        stop(e)
     if args.json and world()[0] == 0:
         print(json.dumps(rows, indent=1))
     elif world()[0] == 0:

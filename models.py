@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import struct
+import time
 import warnings
 import zipfile
 import zlib
@@ -358,7 +359,8 @@ class Latents(Dataset):
                     continue
                 if isinstance(here, list):  # the first that differs
                     made, here = next(pair for pair in itertools.zip_longest(made, here) if pair[0] != pair[1])
-                raise ValueError(f"--latents {self.folder} was made with {key} {made}, not {here}: give another folder, or delete it")
+                what = f"{key} {made}, not {here}" + (", of other images" if key == "files_sha256" else "")
+                raise ValueError(f"--latents {self.folder} was made with {what}: give another folder, or delete it")
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"--latents {self.folder}: its latents.json is not of this project; give another folder") from None
 
@@ -378,7 +380,7 @@ class Latents(Dataset):
         if self.complete:
             return
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        # nccl's would give up on the slowest process after ten minutes; this one waits, and sees at once that one has ended
+        # the default one would give up on the slowest process after half an hour; this one sees at once that one has ended
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(weeks=4)) if dist.is_initialized() else None
 
         def barrier():
@@ -463,6 +465,15 @@ def atomic(path):
             os.fsync(folder)  # the name, too, is on the disk
         finally:
             os.close(folder)
+
+
+def say_once(parser):
+    """Under torchrun every process would complain of the same command line: a node's first one does, and torchrun ends the others."""
+    def error(_):
+        time.sleep(30)
+        parser.exit(2)
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        parser.error = error
 
 
 def write_json(path, value):
@@ -629,7 +640,7 @@ def initialize_from(path, name, kwargs):
     source, config = load_checkpoint(path)
     kwargs["freq_divisor"] = source.freq_divisor
     model = create_model(name, **kwargs)
-    state, here, warnings = source.state_dict(), model.state_dict(), []
+    state, here, notes = source.state_dict(), model.state_dict(), []
     table = "y_embedder.embedding_table.weight"
     old, new = state[table], here[table]
     if source.kind != kwargs["kind"]:
@@ -638,23 +649,23 @@ def initialize_from(path, name, kwargs):
     if source.num_classes == n and model.empty_class <= source.empty_class:
         state[table] = old[:len(new)]
         if config.get("drop") == 0 and model.empty_class:
-            warnings.append(f"{path} was trained with --drop 0")
+            notes.append(f"{path} was trained with --drop 0")
     elif len(old) == n and (not ours or source.num_classes == n):  # one row a class and no more
         state[table] = torch.cat([old, new[n:]])
-        warnings.append(f"{path} has no empty class")
+        notes.append(f"{path} has no empty class")
     else:
         del state[table]
-        warnings.append(f"{path} has {source.num_classes} classes, not {n}: the label table starts anew")
+        notes.append(f"{path} has {source.num_classes} classes, not {n}: the label table starts anew")
     if source.scale_aware and not model.scale_aware:
         state["t_embedder.mlp.2.bias"] += source.w_embedder(torch.ones(1))[0].detach()  # what w = 1 adds, for good
-    for key, _ in {(key, value.shape) for key, value in here.items()} ^ {(key, value.shape) for key, value in state.items()}:
+    for key, _ in sorted({(key, value.shape) for key, value in here.items()} ^ {(key, value.shape) for key, value in state.items()}):
         if key != table and not key.startswith("w_embedder."):
             raise ValueError(f"--init {path}: {config['model']} for {source.in_channels}x{source.input_size}x{source.input_size} "
                              f"doesn't fit {name} for {model.in_channels}x{model.input_size}x{model.input_size} ({key})")
     model.load_state_dict(here | {key: value for key, value in state.items() if key in here})
-    if warnings and model.empty_class:
-        warnings.append("guidance needs a trained empty class: give --start some thousand steps of plain training first")
-    return model, "warning: " + "; ".join(warnings) if warnings else None
+    if notes and model.empty_class:
+        notes.append("guidance needs a trained empty class: give --start some thousand steps of plain training first")
+    return model, "warning: " + "; ".join(notes) if notes else None
 
 
 # ---------------------------------------------------------------- to and from diffusers' DiTPipeline

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, write_json
+from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, say_once, write_json
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def predict(model, x, t, y, w, cfg, interval, noise_time):
     guided = cfg != 1 and interval[0] <= noise_time <= interval[1]
     if not guided:
         return model(x.float(), t, y, *(() if w is None else (w,))).double()
-    scale = () if w is None else (torch.cat([torch.as_tensor(w).to(x).expand(len(x)), torch.zeros(len(x)).to(x)]),)  # (empty, 0): Eq. 22
+    scale = () if w is None else (torch.cat([torch.as_tensor(w).to(x).expand(len(x)), x.new_zeros(len(x))]),)  # (empty, 0): Eq. 22
     cond, uncond = model(torch.cat([x, x]).float(), torch.cat([t, t]),
                          torch.cat([y, torch.full_like(y, model.num_classes)]), *scale).double().chunk(2)
     out, empty = cond[:, :x.shape[1]], uncond[:, :x.shape[1]]
@@ -137,7 +137,10 @@ KINDS = {"SiT": ("euler-maruyama", "euler", "heun"), "DiT": ("ddpm", "ddim")}  #
 
 
 def choose_sampler(name, model):
-    """The sampler of that name, or the paper's for this model. ValueError if it doesn't fit what the network predicts."""
+    """The sampler of that name, or the paper's for this model. ValueError if it doesn't fit what the network predicts.
+
+    A network from elsewhere that says neither kind nor learn_sigma is taken for a SiT.
+    """
     kind = getattr(model, "kind", None)  # a network from elsewhere doesn't say
     fitting = KINDS[kind or ("DiT" if getattr(model, "learn_sigma", False) else "SiT")]
     if name not in (None, *(fitting if kind else SAMPLERS)):
@@ -203,6 +206,7 @@ def together():
         dist.all_gather_object(errors, error and ValueError(str(error)))
     for e in errors:
         if e:
+            e.shared = True  # one process can say it for all
             raise e
 
 
@@ -473,8 +477,7 @@ def parse_args(argv):
     p.add_argument("--compare", nargs="+", metavar="PLAIN", help="with --figure: checkpoints trained with --w 1, one, or one a seed [none: "
                    "Fig. 2 of CKPT alone]")
     p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [the checkpoint's; none: pixels]")
-    if int(os.environ.get("RANK", "0")):  # every process would say the same: the first one does, and torchrun ends the others
-        p.error = lambda _: p.exit(2, time.sleep(30))
+    say_once(p)
     args = p.parse_args(argv)
     for flag, value, ok, rule in [
             ("--num", args.num, args.num is None or args.num > 0, "at least 1"),
@@ -485,7 +488,9 @@ def parse_args(argv):
             ("--compare", args.compare, args.figure or not args.compare, "left out without --figure"),
             ("--figure", args.figure, not args.figure or not (args.labels or args.class_labels or args.w or args.to_diffusers or args.vae),
              "given without --labels, --class-labels, --w, --vae and --to-diffusers"),
-            ("--interval", args.interval, tuple(args.interval) == (0, 1) or args.cfg not in (None, 1), "left out without --cfg"),
+            ("--interval", args.interval, tuple(args.interval) == (0, 1) or not args.figure and args.cfg not in (None, 1),
+             "left out without --cfg, and with --figure"),
+            ("--cfg", args.cfg, args.cfg is None or len(args.checkpoint) == 1, "left out with several CKPT"),
             ("CKPT", " ".join(args.checkpoint), args.figure or len(args.checkpoint) == 1, "one, unless --figure is given"),
             ("--w", args.w, args.w is None or math.isfinite(args.w), "a number"),
             ("--batch", args.batch, args.batch > 0, "at least 1"),

@@ -886,6 +886,18 @@ def test_bf16_trains_and_keeps_fp32_weights(tmp_path):
     assert torch.load(tmp_path / "bf16" / "ckpt.pt", weights_only=True)["model"]["blocks.0.attn.qkv.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("teacher", ["ema", "online"])
+def test_compile(teacher, tmp_path, monkeypatch):
+    """The network and its teacher are compiled, whose batches change their size; here without the compiler's last, slow part."""
+    flags = ["--steps", 3, "--teacher", teacher]
+    train("SiT", tmp_path / "eager", *flags)
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or real(net, backend="eager"))
+    train("SiT", tmp_path / "compiled", *flags, "--compile")
+    assert len(compiled) == (2 if teacher == "ema" else 1)
+    assert np.allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-5)
+
+
 @pytest.mark.parametrize("flags", [["--w", 1.5], ["--w-range", 1, 3], ["--empty", "labels", "--num-labels", 3],
                                    ["--teacher", "online", "--t-max", 0.75, "--start", 2]])
 def test_resuming_is_bit_for_bit(flags, tmp_path):
@@ -1269,6 +1281,24 @@ def test_fault_a_signal_during_an_evaluation(tmp_path):
     assert [bool(row["fid"]) for row in csv.DictReader((out / "log.csv").open())] == [False, False, True, False, False, False, True]
 
 
+def test_fault_a_signal_during_an_evaluation_that_nothing_was_saved_before(tmp_path):
+    """--save-every 0: no checkpoint before the end, but for a signal's."""
+    flags = [*FEW, "--eval-samples", "20", "--eval-every", "2", "--steps", "4", "--save-every", "0"]
+
+    def in_evaluation(_):
+        real = fid.evaluate
+
+        def evaluate(*args, **kwargs):
+            assert not (tmp_path / "out" / "ckpt.pt").exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+        fid.evaluate = evaluate
+    assert fork(tmp_path / "out", *flags, prepare=in_evaluation) == [128 + signal.SIGTERM], said(tmp_path / "out")
+    assert models.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 3
+    assert fork(tmp_path / "out", *flags) == [0] and fork(tmp_path / "whole", *flags) == [0]
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
 def node(out, *argv, prepare=None, nodes=1, processes=2, port=0, host=True):
     """A forked process with the agent that torchrun starts, whose workers are forks in turn (no imports) -> its id."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -1473,14 +1503,22 @@ def test_more_that_is_refused_before_training(tmp_path):
 
 
 def test_an_error_in_one_process_ends_all_with_its_line(tmp_path, capfd):
-    """A folder that one machine alone lacks, a corrupt image that one process alone reads for the reference."""
+    """A folder that one machine alone lacks; an image that one process alone reads, in the middle of the training."""
     image_folder(tmp_path / "here")
-    flags = [*TINY, "--model", "SiT-T/2", "--image-size", 16, "--vae", "none", "--eval-samples", 0, "--out", tmp_path / "out"]
+    flags = [*TINY, "--model", "SiT-T/2", "--image-size", 16, "--vae", "none", "--eval-samples", 0, "--out", tmp_path / "out",
+             "--workers", 0]
 
     def main():
         train_sit_mg.main([*map(str, flags), "--data", str(tmp_path / ("here" if os.environ["RANK"] == "0" else "nowhere"))])
     assert in_processes(2, main) == [2, 2]
     assert capfd.readouterr().err.count("nowhere") == 1 and not (tmp_path / "out").exists()
+    (tmp_path / "here" / "dog" / "3.png").write_bytes(b"broken")
+
+    def main():
+        train_sit_mg.main([*map(str, flags), "--data", str(tmp_path / "here")])
+    assert in_processes(2, main) == [2, 2]
+    errors = capfd.readouterr().err
+    assert errors.count("3.png: unreadable image") == 1 and "Traceback" not in errors
 
 
 def test_scores_against_a_reference_file(tmp_path, capsys):

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import io
 import itertools
 import math
@@ -181,8 +182,7 @@ def parse_args(argv):
     g.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU in bf16, for the MFU shown [known for some GPUs]")
     g.add_argument("--out", metavar="DIR", help="for ckpt.pt, log.csv, samples, curves.png; the same command again resumes "
                    "[out/MODEL-DATA-wW]")
-    if int(os.environ.get("RANK", "0")):  # every process would say the same: the first one does, and torchrun ends the others
-        p.error = lambda _: p.exit(2, time.sleep(30))
+    models.say_once(p)
     args = p.parse_args(argv)
     args.data = os.path.normpath(args.data)
     for key, value in PRESETS.get(args.data, PRESETS["folder"]).items():
@@ -237,7 +237,8 @@ def parse_args(argv):
             *((f"--{name.replace('_', '-')}", getattr(args, name) >= 0, "0 or more")
               for name in ("start", "w_ramp", "eval_every", "eval_samples", "save_every", "workers")),
             ("--num-labels", args.num_labels is None or args.num_labels >= 1, "at least 1"),
-            ("--eval-samples", args.eval_samples not in (1, 2, 3), "0, or at least 4")]:
+            ("--eval-samples", args.eval_samples not in (1, 2, 3), "0, or at least 4"),
+            ("--reference", args.reference is None or args.eval_samples, "left out with --eval-samples 0, which scores nothing")]:
         if not ok:
             p.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: must be {rule}")
     return args, p
@@ -282,13 +283,13 @@ def own_signals():
             signal.signal(number, handler)
 
 
-def obey_parent(_):
-    """A loader's process outlives a signal to the whole job, so that the step can be finished; it obeys its parent's alone."""
+def obey_parent(parent, _):
+    """A loader's process outlives a signal to the whole job, so that the step can be finished; it obeys its parent's (a pid) alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():  # the parent's comes when it exits
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:  # the parent's comes when it exits
             pass
         os._exit(0)
     threading.Thread(target=obey, daemon=True).start()
@@ -307,24 +308,25 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     out, micro = Path(args.out), args.batch // (world * args.accum)
 
-    bar = None
+    bar = net = None
 
-    def stop(error, alone=False):
-        """Ends the run with one line. Unless the error is in this process alone, the first one says it for all."""
+    def stop(error):
+        """Ends the run with one line. If all processes know the error, the first one says it."""
         if bar is not None:
             bar.close()
-        elif ddp:
-            dist.destroy_process_group()  # its threads would abort the exit; with DDP around, it would wait for them
+        if ddp and net is None:
+            dist.destroy_process_group()  # without this gloo's threads can abort the exit; but with DDP alive it can wait for ever
         line = str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")  # a worker's has its traceback above it
-        parser.exit(2, f"{parser.prog}: error: {line}\n" if alone or rank == 0 else None)
+        shared = getattr(error, "shared", isinstance(error, str))
+        parser.exit(2, None if rank and shared else f"{parser.prog}: error: {line}\n")
 
     @contextlib.contextmanager
-    def stopping(alone=False):
+    def stopping():
         """What goes wrong inside ends the run with its line; with together(), in all processes."""
         try:
             yield
         except (ValueError, OSError) as e:
-            stop(e, alone)
+            stop(e)
 
     # ---------------- everything that depends on the user's input, before anything is written
     with stopping(), together():
@@ -396,7 +398,7 @@ def main(argv=None):
         dist.all_reduce(seen, dist.ReduceOp.MAX)
     if seen.sum():
         stop(f"--out {out}: at step {seen[0]} for one process and {-seen[1]} for another; it must be a folder that all machines share")
-    with stopping(alone=True):
+    with stopping():
         if args.eval_samples and args.data != "grid":
             reference = fid.load_reference(args.reference or args.data, "digits" if args.data == "digits" else "inception",
                                            size=args.image_size, progress=len(images) > 10_000)
@@ -416,10 +418,11 @@ def main(argv=None):
     order = sampler(len(images), args.batch, micro, first, rank, world, args.seed)
     if args.data in ("digits", "grid"):  # in memory
         inputs, labels = images.tensors if args.data == "grid" else (images.images, torch.tensor(images.labels))
-        data = ((inputs[part], labels[part]) for part in order)
+        data, reading = ((inputs[part], labels[part]) for part in order), contextlib.nullcontext
     else:
         batches = {"sampler": order, "batch_size": None} if latents else {"batch_sampler": order}  # latents come a batch at a time
-        data = iter(DataLoader(latents or images, **batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=obey_parent))
+        data, reading = iter(DataLoader(latents or images, **batches, num_workers=args.workers, pin_memory=cuda,
+                                        worker_init_fn=functools.partial(obey_parent, os.getpid()))), together
     # ---------------- logging and evaluation
     rows, started = [], time.perf_counter()
 
@@ -494,6 +497,8 @@ def main(argv=None):
     teaching = (args.num_labels if args.empty == "labels" else 1) + (args.teacher == "ema" or args.w_range is not None)
     generator, losses, norms, begin, done = torch.Generator(device), [], [], time.perf_counter(), first
     with stopping(), together():
+        if not out.is_dir():
+            raise ValueError(f"--out {out}: must be a folder that all machines share")
         if rank == 0:
             if first and (out / "log.csv").exists():
                 try:
@@ -525,7 +530,7 @@ def main(argv=None):
         posterior = torch.randn(args.batch, *shape, generator=generator, device=device) if vae else None
         for a in range(args.accum):
             part = slice((a * world + rank) * micro, (a * world + rank + 1) * micro)
-            with stopping(), together():  # an image that can't be read
+            with stopping(), reading():  # an image that can't be read
                 x, y = next(data)
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             if latents:
@@ -596,7 +601,8 @@ def main(argv=None):
                 parser.exit(128 + ended, None if rank else f"{signal.Signals(ended).name}: step {step} is saved in {path}; the "
                                                            f"same command goes on from there\n")
             if due(step):
-                listen(False)
+                if saving:
+                    listen(False)
                 evaluate(step)
                 listen(True)
             begin = time.perf_counter()
@@ -621,12 +627,14 @@ def describe_w(args, classes):
     gain, around = (1, "") if args.empty == "class" else (classes / (classes - 1), ", around the mean of the classes")
     effective = 1 - (args.w - 1) * gain
     if args.w < 1:
-        return (f"warning: --w {args.w} guides away from the labels, as CFG at {1 / effective:.2f}; 1 is off (Eq. 18 and 20 write w - 1 "
-                f"as w)")
+        return (f"warning: --w {args.w} guides less than plain training, as CFG at {1 / effective:.2f}; 1 is off (Eq. 18 and 20 write "
+                f"w - 1 as w)")
     if effective <= 0:
         return (f"warning: at --w {args.w} the effective guidance scale has no bound (it has below {1 + 1 / gain:.3g}): it grows for "
                 f"as long as the run lasts, the slower the EMA the slower. The paper's best is 1.5")
     scope = "" if args.t_max == 1 else f", at noise times up to {args.t_max}"
+    if args.w != 1 and args.empty == "class" and not args.drop and not args.init:
+        scope += "; warning: --drop 0 never trains the empty class that guides"
     formula = "1/(2-w)" if gain == 1 else f"1/(1 - (w-1) {classes}/{classes - 1})"
     return (f"effective guidance scale: MG at w {args.w} acts as classifier-free guidance at {formula} = {1 / effective:.2f}"
             f"{around}{scope}")
