@@ -850,7 +850,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
         if script == "test_mg.py":  # the benchmarks
             continue
         flags = [name for flag in flags for name in (sorted(glob.glob(flag)) or [flag])] + short.get(script[:-3].split("_")[0], [])
-        if "--num" in flags or "--figure" in flags:
+        if {"--num", "--num-samples", "--figure"} & set(flags):
             flags += ["--num", "20"]
         mains[script](*([flags] if script != "models.py" else []))
         seen.add(script)
