@@ -619,7 +619,9 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
         if turn and dist.is_initialized():
             dist.broadcast_object_list(error, 0)
         if error[0]:
-            raise ValueError(error[0])
+            e = ValueError(error[0])
+            e.shared = turn  # all ranks have rank 0's
+            raise e
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     ref = SimpleNamespace(kind=features, net=net, images=images, count=None, features=None)
     if images:
@@ -705,7 +707,7 @@ def main(argv=None):
     quiet = int(os.environ.get("LOCAL_RANK", "0")) > 0  # while every rank would say the same
 
     def stop(error):
-        if quiet:
+        if quiet or getattr(error, "shared", False) and world()[0]:
             time.sleep(30)  # a node's first rank says it, and torchrun then ends this one
         else:
             print(f"fid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
