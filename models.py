@@ -467,13 +467,20 @@ def atomic(path):
             os.close(folder)
 
 
-def say_once(parser):
-    """Under torchrun every process would complain of the same command line: a node's first one does, and torchrun ends the others."""
+def command_line(description):
+    """The ArgumentParser of every script: text as it stands, wide help, no abbreviated flags.
+
+    Under torchrun every process would complain of the same flag: a node's first one does, and torchrun ends the others.
+    """
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=lambda prog:
+                                     argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120))
+
     def error(_):
         time.sleep(30)
         parser.exit(2)
     if int(os.environ.get("LOCAL_RANK", "0")):
         parser.error = error
+    return parser
 
 
 def write_json(path, value):
@@ -779,5 +786,5 @@ def main():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False).parse_args()
+    command_line(__doc__).parse_args()
     main()

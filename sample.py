@@ -6,7 +6,6 @@ network predicts v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps.
 two passes a step) and for w (trained, one pass). Label num_classes is the empty class. Images are NCHW in [-1, 1], latents
 the VAE's times its scaling_factor.
 """
-import argparse
 import contextlib
 import itertools
 import json
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, say_once, write_json
+from models import ALPHA_BARS, atomic, command_line, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, write_json
 
 
 @torch.no_grad()
@@ -256,11 +255,12 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
     with together():
         if rank == 0:
             files = [parts / f"{start}.npy" for start in starts]
-            if path.suffix == ".png":
-                drawn = np.concatenate([np.load(file) for file in files])
-                save_points(drawn, labels, path) if model.input_size == 1 else save_grid(drawn, path, columns)
-            else:
+            if path.suffix == ".npz":
                 save_npz(path, labels.numpy(), files)
+            elif model.input_size == 1:
+                save_points(np.concatenate([np.load(file) for file in files]), labels, path)
+            else:
+                save_grid(np.concatenate([np.load(file) for file in files]), path, columns)
             write_json(path.with_suffix(".json"), record)
             shutil.rmtree(parts)
     return f"{made / seconds:.1f} images/s on {world} x {device.type}" if made else "all of them drawn before"
@@ -448,8 +448,7 @@ def print_table(rows):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=lambda prog:
-                                argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120))
+    p = command_line(__doc__)
     p.add_argument("checkpoint", nargs="+", metavar="CKPT", help="ckpt.pt of a training run; a public file of DiT, SiT, REPA or MG; a "
                    "folder of diffusers' DiTPipeline; several only with --figure")
     p.add_argument("--out", default="samples.png", help="a .png (grid) or an .npz (arr_0 uint8 NHWC, labels) [%(default)s]")
@@ -477,7 +476,6 @@ def parse_args(argv):
     p.add_argument("--compare", nargs="+", metavar="PLAIN", help="with --figure: checkpoints trained with --w 1, one, or one a seed [none: "
                    "Fig. 2 of CKPT alone]")
     p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [the checkpoint's; none: pixels]")
-    say_once(p)
     args = p.parse_args(argv)
     for flag, value, ok, rule in [
             ("--num", args.num, args.num is None or args.num > 0, "at least 1"),
@@ -575,7 +573,6 @@ def main(argv=None):
                 raise ValueError(f"--cfg {args.cfg}: this checkpoint has no empty class; leave --cfg at 1")
             if model.kind == "DiT" and args.steps > len(ALPHA_BARS):
                 raise ValueError(f"--steps {args.steps}: a DiT has 1 to {len(ALPHA_BARS)}")
-            choose_sampler(args.sampler, model)
             if args.to_diffusers:
                 if rank == 0:
                     save_diffusers(model, config, vae, args.to_diffusers)

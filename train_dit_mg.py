@@ -6,7 +6,6 @@ as w); label num_classes is the empty class; images are NCHW in [-1, 1], latents
 Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Peebles & Xie 2023 (DiT); Ma et al. 2024 (SiT).
 """
 # ================================================================ the same in train_dit_mg.py and train_sit_mg.py: imports
-import argparse
 import contextlib
 import copy
 import csv
@@ -121,8 +120,7 @@ def parse_args(argv):
 
     def number_or_auto(text):
         return text if text == "auto" else float(text)
-    p = argparse.ArgumentParser(description=f"{__doc__}\n{presets}", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120))
+    p = models.command_line(f"{__doc__}\n{presets}")
     g = p.add_argument_group("data")
     g.add_argument("--data", default="digits", help="digits (scikit-learn's scans, 8x8), grid (the 2-D points of Fig. 2) or a folder of "
                    "class folders of images [%(default)s]")
@@ -185,7 +183,6 @@ def parse_args(argv):
     g.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU in bf16, for the MFU shown [known for some GPUs]")
     g.add_argument("--out", metavar="DIR", help="for ckpt.pt, log.csv, samples, curves.png; the same command again resumes "
                    "[out/MODEL-DATA-wW]")
-    models.say_once(p)
     args = p.parse_args(argv)
     args.data = os.path.normpath(args.data)
     for key, value in PRESETS.get(args.data, PRESETS["folder"]).items():
