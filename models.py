@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import struct
+import sys
 import time
 import warnings
 import zipfile
@@ -481,6 +482,21 @@ def command_line(description):
     if int(os.environ.get("LOCAL_RANK", "0")):
         parser.error = error
     return parser
+
+
+def run(main):
+    """main() of a script. Under torchrun the process then ends at once: at an orderly exit gloo's threads abort one in ten."""
+    status = 0
+    try:
+        main()
+    except SystemExit as e:
+        status = e.code
+        if "RANK" not in os.environ:
+            raise
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def write_json(path, value):

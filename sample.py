@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import ALPHA_BARS, atomic, command_line, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, write_json
+import models
+from models import ALPHA_BARS, atomic, decode, grid_data, grid_scores, load_checkpoint, load_vae, save_diffusers, write_json
 
 
 @torch.no_grad()
@@ -448,7 +449,7 @@ def print_table(rows):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv):
-    p = command_line(__doc__)
+    p = models.command_line(__doc__)
     p.add_argument("checkpoint", nargs="+", metavar="CKPT", help="ckpt.pt of a training run; a public file of DiT, SiT, REPA or MG; a "
                    "folder of diffusers' DiTPipeline; several only with --figure")
     p.add_argument("--out", default="samples.png", help="a .png (grid) or an .npz (arr_0 uint8 NHWC, labels) [%(default)s]")
@@ -598,4 +599,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)

@@ -305,14 +305,12 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     out, micro = Path(args.out), args.batch // (world * args.accum)
 
-    bar = net = None
+    bar = None
 
     def stop(error):
         """Ends the run with one line. If all processes know the error, the first one says it."""
         if bar is not None:
             bar.close()
-        if ddp and net is None:
-            dist.destroy_process_group()  # without this gloo's threads can abort the exit; but with DDP alive it can wait for ever
         line = str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")  # a worker's has its traceback above it
         shared = getattr(error, "shared", isinstance(error, str))
         parser.exit(2, None if rank and shared else f"{parser.prog}: error: {line}\n")
@@ -638,4 +636,4 @@ def describe_w(args, classes):
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)
