@@ -1,437 +1,279 @@
-"""FID, sFID, Inception Score, precision and recall as ADM's TensorFlow evaluator (openai/guided-diffusion) defines them.
+"""FID, sFID, Inception Score, precision and recall, as ADM's evaluator defines them.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz     # an ADM reference; or any .npz or folder of images
-    python fid.py samples.npz digits                              # scikit-learn's digits, in a small CNN's features
-    torchrun --nproc_per_node 8 fid.py a.npz b.npz reference.npz  # the images split over the ranks, the same figures
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz      # one of ADM's references
+    python fid.py a.npz b.npz imagenet/train                       # a row each; a folder of images
+    python fid.py samples.npz latents-256                          # what data.py has prepared
+    python fid.py samples.npz digits                               # in a small CNN's features
+    torchrun --nproc-per-node 8 fid.py samples.npz reference.npz   # split over GPUs, same figures
 
-Images are uint8, HWC in files and CHW in tensors. Under torch.distributed a file is split over the ranks as rows
-rank::world, an array *is* this rank's rows rank::world, and every rank gets the same figures.
+The evaluator is openai/guided-diffusion's. Images are uint8, HWC in files and CHW in tensors.
 """
-import argparse
-import hashlib
 import json
 import math
 import os
 import sys
-import time
 import warnings
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from types import SimpleNamespace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-MANIFOLD = 10_000  # images of the reference used for precision and recall, and kept in a saved one (ADM)
+import data
+import models
+
+MANIFOLD = 10_000  # real images that precision and recall look at (ADM)
 SPLIT = 5_000      # images in a split of the Inception Score (ADM)
-
-# ---------------------------------------------------------------- images: digits, folders, .npz
-
-
-@contextmanager
-def open_image(path):
-    from PIL import Image
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as e:  # noqa: BLE001  whatever a decoder does with a broken file
-        raise ValueError(f"{path}: unreadable image ({e}); remove or replace it") from None
-
-
-def read_rgb(path):
-    """Image file of any mode -> PIL image, RGB. Alpha is dropped, as ADM does. ValueError names an unreadable file."""
-    from PIL import Image
-    with open_image(path) as image:
-        if image.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255
-            image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")  # a palette may hold transparency
-
-
-def list_images(folder):
-    """All image files under folder, sorted; what starts with a dot is skipped."""
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [os.path.join(root, f) for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
-    return sorted(found)
-
-
-class real_images(torch.utils.data.Dataset):
-    """Real images with labels: ds[i] -> (uint8 (C, H, W), int label); ds.classes: the names, in the labels' order.
-
-    data: "digits" (scikit-learn's 1797 scans, C 1, size 8), or a folder that holds one folder of images a class: any
-    mode to RGB, ADM's centre crop to (3, size, size). ValueError: one line that names the folder or unreadable file.
-    """
-
-    def __init__(self, data, size=None):
-        self.data, self.size = os.fspath(data), size
-        if self.data == "digits":
-            if size not in (None, 8):
-                raise ValueError(f"digits are images of 8x8 pixels, not {size}x{size}: use size 8")
-            from sklearn.datasets import load_digits
-            digits = load_digits()  # values 0..16
-            self.images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
-            self.labels, self.classes = digits.target.tolist(), [str(c) for c in range(10)]
-            return
-        if not os.path.isdir(self.data):
-            raise ValueError(f"{data}: no such folder; give digits or a folder that holds one folder of images a class")
-        if not size or size < 1:
-            raise ValueError(f"{data}: images from a folder need a size of at least 1 pixel to crop to, not {size}")
-        folders = sorted(f.name for f in os.scandir(self.data) if f.is_dir() and not f.name.startswith("."))
-        files = {name: list_images(os.path.join(self.data, name)) for name in folders}
-        self.classes = [name for name in folders if files[name]]
-        if not self.classes:
-            raise ValueError(f"{data}: no class folders with images in it; put the images into one folder a class")
-        self.images = [path for name in self.classes for path in files[name]]
-        self.labels = [label for label, name in enumerate(self.classes) for _ in files[name]]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        if self.data == "digits":
-            return self.images[i], self.labels[i]
-        from PIL import Image
-        x, size = read_rgb(self.images[i]), self.size
-        while min(x.size) >= 2 * size:
-            x = x.resize((x.width // 2, x.height // 2), Image.BOX)
-        scale = size / min(x.size)
-        x = np.array(x.resize((round(x.width * scale), round(x.height * scale)), Image.BICUBIC))
-        top, left = (x.shape[0] - size) // 2, (x.shape[1] - size) // 2
-        return torch.from_numpy(x[top:top + size, left:left + size]).permute(2, 0, 1).contiguous(), self.labels[i]
-
-
-def npz_keys(path):
-    """Names of the arrays in an .npz; none if it is not one."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            return [name.removesuffix(".npy") for name in z.namelist()]
-    except (OSError, zipfile.BadZipFile):
-        return []
-
-
-@contextmanager
-def open_npz(path, key):
-    """(file at the first value, shape, dtype) of one array, to be read in pieces. Nothing is ever unpickled."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            if key not in npz_keys(path):
-                raise ValueError(f"has no {key} but {', '.join(npz_keys(path)[:6]) or 'nothing'}; images are in "
-                                 "arr_0, statistics in mu, sigma, mu_s and sigma_s")
-            with z.open(f"{key}.npy") as f:
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, fortran, dtype = header[np.lib.format.read_magic(f)](f)
-                if dtype.hasobject:
-                    raise ValueError(f"{key} holds Python objects, which are never unpickled; save plain numbers")
-                if fortran and len(shape) > 1:
-                    raise ValueError(f"{key} is in Fortran order; save np.ascontiguousarray of it")
-                if z.getinfo(f"{key}.npy").file_size - f.tell() != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{key} is truncated; make the file again")
-                yield f, shape, dtype
-    except (ValueError, KeyError) as e:
-        raise ValueError(f"{path}: {e}") from None
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-        raise ValueError(f"{path}: not an .npz, or a truncated one ({e}); make the file again") from None
-
-
-def read_npz(path, key):
-    with open_npz(path, key) as (f, shape, dtype):
-        return np.frombuffer(f.read(), dtype).reshape(shape)
-
-
-def open_images(data, size=None):
-    """A set of images, of which only the headers are read: namespace(name, count, shape (H, W, C), local, read).
-
-    data: an .npz with arr_0 uint8 (N, H, W, C); a folder of images, searched through; "digits"; or an array like arr_0,
-    whose rows and count are this rank's (local). With size, a folder with images only in its folders is real data:
-    centre-cropped to size x size and in a fixed random order. ValueError: one line that names the file.
-    read(batch, rank, ranks, stop) yields (indices (b,), uint8 (b, H, W, C)): rows rank::ranks below stop, in order.
-    """
-    local = not isinstance(data, (str, os.PathLike))
-    name, dtype = "samples" if local else os.fspath(data), "uint8"
-    if local:
-        array = data.cpu().numpy() if isinstance(data, torch.Tensor) else np.asarray(data)
-        (count, *shape), dtype = array.shape or [0], array.dtype
-
-        def read(batch, rank, ranks, stop):
-            rows = torch.arange(rank, stop, ranks)
-            for i in range(0, len(rows), batch):
-                yield rows[i:i + batch], torch.from_numpy(array[i:i + batch][:len(rows) - i].copy())
-
-    elif name == "digits" or os.path.isdir(name):
-        files = [] if name == "digits" else list_images(name)
-        flat = {os.path.normpath(os.path.dirname(f)) for f in files} == {os.path.normpath(name)}
-        if name == "digits" or size and files and not flat:
-            real = real_images(name, None if name == "digits" else size)
-            count, shape = len(real), real[0][0].permute(1, 2, 0).shape
-            # not sorted by class: precision and recall look at the first 10,000
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist() if files else range(count)
-        else:
-            real, count, sizes = None, len(files), {}
-            for f in files:
-                with open_image(f) as image:
-                    sizes.setdefault(image.size, f)
-                if len(sizes) > 1:
-                    raise ValueError(f"{name}: images of mixed sizes ({', '.join(sizes.values())}); make them one size")
-            if not files:
-                raise ValueError(f"{name}: no images in this folder")
-            shape = (*min(sizes)[::-1], 3)
-
-        def load(i):
-            return real[order[i]][0].permute(1, 2, 0) if real else torch.from_numpy(np.array(read_rgb(files[i])))
-
-        def read(batch, rank, ranks, stop):
-            rows = torch.arange(rank, stop, ranks)
-            with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # decoding runs outside the GIL
-                for part in rows.split(batch):
-                    yield part, torch.stack(list(pool.map(load, part.tolist())))
-
-    elif os.path.exists(name):
-        with open_npz(name, "arr_0") as (_, (count, *shape), dtype):
-            pass
-
-        def read(batch, rank, ranks, stop):
-            rows = torch.arange(stop)
-            with open_npz(name, "arr_0") as (f, _, _):
-                for part in rows.split(batch * ranks):
-                    x = np.frombuffer(f.read(len(part) * math.prod(shape)), np.uint8).reshape(len(part), *shape)
-                    if rank < len(part):
-                        yield part[rank::ranks], torch.from_numpy(x[rank::ranks].copy())
-
-    else:
-        raise ValueError(f"{name}: no such file or folder; give an .npz of images, a folder of images, or digits")
-    if dtype != "uint8" or len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape:
-        raise ValueError(f"{name}: images must be uint8 (N, H, W, C) with C 1 or 3, not {dtype} {(count, *shape)}")
-    if not local and count < 4:
-        raise ValueError(f"{name}: at least 4 images are needed, with 3 neighbours each, and it has {count}")
-    return SimpleNamespace(name=name, count=count, shape=tuple(shape), local=local, read=read)
+DIGIT = (8, 8, 1)  # height, width and channels of a digit, which has features of its own
 
 
 # ---------------------------------------------------------------- metrics
 
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) >= 0, in float64 (FID: Heusel et al. 2017, Eq. 6).
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)): Heusel et al. 2017, Eq. 6.
 
-    mu (D,), sigma (D, D), of any rank. With sigma1 = A A^T the trace of the root is the sum of the square roots of the
-    eigenvalues of A^T sigma2 A. As a root turns a rounding error of 1e-16 into 1e-8, A is the pivoted Cholesky factor
-    of the covariance of lower rank, cut at that rank: no eigenvalue is 0 for want of rank, and the columns shrink from
-    left to right, which keeps the small eigenvalues accurate. ValueError: shapes, NaN, or not a covariance.
+    mu: (D,), sigma: (D, D) of any rank -> a float >= 0, computed in float64.
+    ValueError: wrong shapes, NaN or infinity, or a sigma with negative eigenvalues.
+
+    With sigma1 = A A^T, the trace of the root is the sum of the square roots of the eigenvalues
+    of A^T sigma2 A. A square root turns a rounding error of 1e-16 into 1e-8. So A is the pivoted
+    Cholesky factor of the covariance of lower rank, cut at that rank: no eigenvalue is zero for
+    lack of rank, and A's shrinking columns keep the small ones accurate.
     """
+    mu1, mu2 = np.array(mu1, np.float64, ndmin=1), np.array(mu2, np.float64, ndmin=1)
+    sigma1, sigma2 = np.array(sigma1, np.float64, ndmin=2), np.array(sigma2, np.float64, ndmin=2)
+    shapes = [x.shape for x in (mu1, sigma1, mu2, sigma2)]
+    if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
+        raise ValueError(f"mu must be (D,) and sigma (D, D), not {shapes}")
+    if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("a mean or covariance is not finite (NaN or infinity)")
+    a1, a2 = cholesky_factor(sigma1), cholesky_factor(sigma2)
+    if a1.shape[1] <= a2.shape[1]:
+        product = a1.T @ (sigma2 @ a1)
+    else:
+        product = a2.T @ (sigma1 @ a2)
+    root = torch.linalg.eigvalsh(torch.from_numpy(product)).clamp(min=0).sqrt().sum().item()
+    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
+    return max(0.0, float(distance))
+
+
+def cholesky_factor(sigma):
+    """A (D, rank) with A A^T = sigma."""
     from scipy.linalg.lapack import dpstrf
-    mus = [np.atleast_1d(np.asarray(m, np.float64)) for m in (mu1, mu2)]
-    sigmas = [np.atleast_2d(np.asarray(s, np.float64)) for s in (sigma1, sigma2)]
-    if any(m.shape != mus[0].shape[:1] or s.shape != mus[0].shape * 2 for m, s in zip(mus, sigmas, strict=True)):
-        raise ValueError(f"mu must be (D,) and sigma (D, D), not {[x.shape for x in mus + sigmas]}")
-    if not all(np.isfinite(x).all() for x in mus + sigmas):
-        raise ValueError("mean or covariance is not finite (NaN or infinite)")
-    factors = []
-    for s in sigmas:
-        lower, pivots, rank, _ = dpstrf(s.T, lower=1)
-        factors.append(np.empty((len(s), rank)))
-        factors[-1][pivots - 1] = np.tril(lower)[:, :rank]
-        if not math.isclose(np.square(factors[-1]).sum(), np.trace(s), rel_tol=1e-3, abs_tol=1e-300):
-            raise ValueError("sigma is not a covariance: it has negative eigenvalues")
-    a, s = min(zip(factors, reversed(sigmas), strict=True), key=lambda pair: pair[0].shape[1])
-    root = torch.linalg.eigvalsh(torch.from_numpy(a.T @ (s @ a))).clamp(min=0).sqrt().sum().item()
-    return max(0.0, float(np.square(mus[0] - mus[1]).sum() + np.trace(sigmas[0]) + np.trace(sigmas[1]) - 2 * root))
+    lower, pivots, rank, _ = dpstrf(sigma.T, lower=1)
+    a = np.empty((len(sigma), rank))
+    a[pivots - 1] = np.tril(lower)[:, :rank]
+    # 1e-12: images that are all alike have a covariance of rounding errors, of either sign.
+    if not math.isclose(np.square(a).sum(), np.trace(sigma), rel_tol=1e-3, abs_tol=1e-12):
+        raise ValueError("sigma is not a covariance: it has negative eigenvalues")
+    return a
 
 
 def inception_score(probs, split_size=SPLIT):
-    """exp(E KL(p(y|x) || p(y))), the mean over splits of split_size rows, of which the last may be shorter (as in ADM).
+    """exp(E KL(p(y|x) || p(y))), averaged over splits of split_size rows: Salimans et al. 2016.
 
-    probs: (N, K), rows sum to 1 -> a float from 1 to K (Salimans et al. 2016). 0 log 0 is 0.
+    probs: (N, K), rows that sum to 1 -> a float in [1, K]. As in ADM the last split may be shorter.
     """
-    kl = [torch.xlogy(p, p).sum(1).mean() - torch.xlogy(p.mean(0), p.mean(0)).sum()
-          for p in torch.as_tensor(probs).double().split(split_size)]
-    return torch.stack(kl).exp().mean().item()
+    scores = []
+    for p in torch.as_tensor(probs).double().split(split_size):
+        marginal = p.mean(0)
+        kl = torch.xlogy(p, p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()
+        scores.append(kl.exp())
+    return torch.stack(scores).mean().item()
 
 
-def precision_recall(real, fake, k=3, *, block=2048):
-    """Precision: share of fake that lies, for some real point, no further from it than its k-th real neighbour (itself
-    not counted). Recall: the same with real and fake exchanged (Kynkaanniemi et al. 2019, Eq. 1 and 2).
+def precision_recall(real, fake, k=3, *, block=512):
+    """Share of fakes inside some real point's k-NN ball, and of reals inside some fake's.
 
-    real (N, D), fake (M, D), k < N, M -> (precision, recall). Float64 (ADM: float16), so that ties and duplicates count
-    as inside; block x block distances at a time, so memory is bounded.
+    real: (N, D), fake: (M, D) -> (precision, recall): Kynkaanniemi et al. 2019, Eq. 1 and 2.
+    In float64 (ADM: float16), so that ties and duplicates count as inside; the distances of
+    `block` points at a time. ValueError: wrong shapes, N or M not above k, NaN or infinity.
     """
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or min(len(real), len(fake)) <= k:
-        raise ValueError(f"features must be (N, D), (M, D) with N, M > {k}, not {(*real.shape,)}, {(*fake.shape,)}")
+    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
+    fits = real.ndim == fake.ndim == 2 and real.shape[1] == fake.shape[1]
+    if not fits or min(len(real), len(fake)) <= k:
+        raise ValueError(f"features must be (N, D) and (M, D) with N and M above {k}, "
+                         f"not {tuple(real.shape)} and {tuple(fake.shape)}")
     if not (real.isfinite().all() and fake.isfinite().all()):
-        raise ValueError("features are not finite (NaN or infinite)")
-    centre = real.mean(0, dtype=torch.float64)  # distances are differences of squares: keep these small
-
-    def blocks(x):
-        for i in range(0, len(x), block):
-            part = x[i:i + block].to(centre) - centre
-            yield slice(i, i + len(part)), part, part.square().sum(1)
-
-    def distances(a, a2, b, b2):
-        return torch.addmm(b2, a, b.T, alpha=-2).add_(a2[:, None])  # (a, b), squared
-
-    def radii(x):
-        near, largest = torch.full((len(x), k), math.inf).to(centre), 0
-        for i, a, a2 in blocks(x):
-            largest = max(largest, a2.max())
-            for j, b, b2 in blocks(x[:i.stop]):  # the other half is its mirror image
-                d = distances(a, a2, b, b2)
-                if i == j:
-                    d.fill_diagonal_(math.inf)
-                else:
-                    near[j] = torch.cat([near[j], d.T], 1).topk(k, largest=False).values
-                near[i] = torch.cat([near[i], d], 1).topk(k, largest=False).values
-        return near.amax(1) + 1e-12 * largest  # a tie must survive rounding
-
-    real_radii, fake_radii = radii(real), radii(fake)
-    real_inside, fake_inside = torch.zeros_like(real_radii, dtype=bool), torch.zeros_like(fake_radii, dtype=bool)
-    for i, a, a2 in blocks(real):
-        for j, b, b2 in blocks(fake):
-            d = distances(a, a2, b, b2)
-            fake_inside[j] |= (d <= real_radii[i, None]).any(0)
-            real_inside[i] |= (d <= fake_radii[j]).any(1)
-    return fake_inside.double().mean().item(), real_inside.double().mean().item()
+        raise ValueError("features are not finite (NaN or infinity)")
+    center = real.mean(0)  # small norms keep |a|^2 - 2 ab + |b|^2 accurate
+    real, fake = real - center, fake - center
+    real_radii, fake_radii = knn_radii(real, k, block), knn_radii(fake, k, block)
+    fake_inside, real_inside = torch.zeros_like(fake_radii, dtype=bool), []
+    for points, radii in zip(real.split(block), real_radii.split(block), strict=True):
+        d = squared_distances(points, fake)
+        fake_inside |= (d <= radii[:, None]).any(0)
+        real_inside.append((d <= fake_radii).any(1))
+    return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
 
 
-# ---------------------------------------------------------------- feature nets: uint8 (N, C, H, W) -> (pool, spatial, probs)
+def squared_distances(a, b):
+    """(N, D), (M, D) -> (N, M)."""
+    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2) + a.square().sum(1, keepdim=True)
+
+
+def knn_radii(x, k, block):
+    """Squared distance from each point to its k-th neighbour: (N, D) -> (N,)."""
+    radii = []
+    for i in range(0, len(x), block):
+        d = squared_distances(x[i:i + block], x)
+        d.diagonal(i).fill_(math.inf)  # a point is not its own neighbour
+        radii.append(d.topk(k, largest=False).values.amax(1))
+    return torch.cat(radii) + 1e-12 * x.square().sum(1).max()  # ties must survive rounding
+
+
+# ---------------------------------------------------------------- Inception
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 + INCEPTION_FILE)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-# The graph. "name width HxW": a convolution of stride 1 that keeps the size; "HxW/s": of stride s, without padding.
-# "a, b": b after a. "a | b", and "a + b", which binds tighter: side by side, their channels concatenated. torchvision's
-# network differs: its average pools count the padding, and its last block has an average pool.
-_A = ("branch1x1 64 1x1 | branch5x5_1 48 1x1, branch5x5_2 64 5x5 | "
-      "branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3 | avg, branch_pool {} 1x1")
-_C = ("branch1x1 192 1x1 | branch7x7_1 {0} 1x1, branch7x7_2 {0} 1x7, branch7x7_3 192 7x1 | branch7x7dbl_1 {0} 1x1, "
-      "branch7x7dbl_2 {0} 7x1, branch7x7dbl_3 {0} 1x7, branch7x7dbl_4 {0} 7x1, branch7x7dbl_5 192 1x7 | "
-      "avg, branch_pool 192 1x1")
-_E = ("branch1x1 320 1x1 | branch3x3_1 384 1x1, branch3x3_2a 384 1x3 + branch3x3_2b 384 3x1 | branch3x3dbl_1 448 1x1, "
-      "branch3x3dbl_2 384 3x3, branch3x3dbl_3a 384 1x3 + branch3x3dbl_3b 384 3x1 | {}, branch_pool 192 1x1")
-INCEPTION = {
-    "stem": "Conv2d_1a_3x3 32 3x3/2, Conv2d_2a_3x3 32 3x3/1, Conv2d_2b_3x3 64 3x3, max/2, "
-            "Conv2d_3b_1x1 80 1x1, Conv2d_4a_3x3 192 3x3/1, max/2",                       # -> (192, 35, 35)
-    "Mixed_5b": _A.format(32), "Mixed_5c": _A.format(64), "Mixed_5d": _A.format(64),      # -> (288, 35, 35)
-    "Mixed_6a": "branch3x3 384 3x3/2 | "
-                "branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3/2 | max/2",
-    "Mixed_6b": _C.format(128), "Mixed_6c": _C.format(160),
-    "Mixed_6d": _C.format(160), "Mixed_6e": _C.format(192),                               # -> (768, 17, 17)
-    "Mixed_7a": "branch3x3_1 192 1x1, branch3x3_2 320 3x3/2 | branch7x7x3_1 192 1x1, "
-                "branch7x7x3_2 192 1x7, branch7x7x3_3 192 7x1, branch7x7x3_4 192 3x3/2 | max/2",
-    "Mixed_7b": _E.format("avg"), "Mixed_7c": _E.format("max"),                           # -> (2048, 8, 8)
-}
 
 
 class Conv(nn.Conv2d):
+    """Convolution and ReLU; the batch norm between them is folded into weight and bias.
+
+    name: in the public file. Stride 1 keeps the size, unless padding is given.
+    """
+
+    def __init__(self, name, width, out, kernel, stride=1, padding="same"):
+        super().__init__(width, out, kernel, stride, padding if stride == 1 else 0)
+        self.name = name
+
     def forward(self, x):
         return super().forward(x).relu_()
 
 
-class Side(nn.ModuleList):
+class Concat(nn.ModuleList):
+    """Branches, lists of layers, side by side: their channels are concatenated.
+
+    block: the public file has its name before those of the convolutions.
+    """
+
+    def __init__(self, *branches, block=""):
+        super().__init__(nn.Sequential(*branch) for branch in branches)
+        for conv in convolutions(self):
+            conv.name = block + conv.name
+
     def forward(self, x):
         return torch.cat([branch(x) for branch in self], 1)
 
 
-def build(text, width, prefix):
-    """A text of the graph for width input channels -> (module, output channels)."""
-    for op in "|,+":
-        if op in text:
-            parts, out = [], width if op == "," else 0
-            for part in text.split(op):
-                module, n = build(part, out if op == "," else width, prefix)
-                parts.append(module)
-                out = n if op == "," else out + n
-            return nn.Sequential(*parts) if op == "," else Side(parts), out
-    name, *shape = text.split()
-    if name in ("avg", "max", "max/2"):
-        return {"avg": nn.AvgPool2d(3, 1, 1, count_include_pad=False), "max": nn.MaxPool2d(3, 1, 1),
-                "max/2": nn.MaxPool2d(3, 2)}[name], width
-    size, _, stride = shape[1].partition("/")
-    size = [int(n) for n in size.split("x")]
-    conv = Conv(width, int(shape[0]), size, int(stride or 1), 0 if stride else [n // 2 for n in size])
-    conv.keys = [prefix + name + key for key in  # in the public file
-                 (".conv.weight", ".bn.weight", ".bn.bias", ".bn.running_mean", ".bn.running_var")]
-    return conv, int(shape[0])
+def convolutions(module):
+    return [m for m in module.modules() if isinstance(m, Conv)]
 
 
-def resize_tf1(x, size=299):
-    """(N, C, H, W) -> float32 (N, C, size, size) as TensorFlow 1's ResizeBilinear: pixel i is at i * H / size."""
-    for dim in (3, 2):
-        n = x.shape[dim]
-        at = torch.arange(size, dtype=torch.float32, device=x.device) * (np.float32(n) / np.float32(size)).item()
-        low = at.long().clamp(max=n - 1)
-        a, b = (x.index_select(dim, i).float() for i in (low, (low + 1).clamp(max=n - 1)))
-        x = torch.lerp(a, b, (at - low).view(-1, *[1] * (3 - dim)))
-    return x
+def average_pool():
+    return nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # torchvision's counts the padding
 
 
-@contextmanager
-def plain_float32(device):
-    """Features don't depend on what the caller does for speed: no autocast, TF32 or bfloat16."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(torch.device(device).type, enabled=False), \
-                torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def mixed_5(name, width, out):
+    return Concat(
+        [Conv("branch1x1", width, 64, 1)],
+        [Conv("branch5x5_1", width, 48, 1), Conv("branch5x5_2", 48, 64, 5)],
+        [Conv("branch3x3dbl_1", width, 64, 1), Conv("branch3x3dbl_2", 64, 96, 3),
+         Conv("branch3x3dbl_3", 96, 96, 3)],
+        [average_pool(), Conv("branch_pool", width, out, 1)],
+        block=f"{name}.")
+
+
+def mixed_6a():
+    return Concat(
+        [Conv("branch3x3", 288, 384, 3, stride=2)],
+        [Conv("branch3x3dbl_1", 288, 64, 1), Conv("branch3x3dbl_2", 64, 96, 3),
+         Conv("branch3x3dbl_3", 96, 96, 3, stride=2)],
+        [nn.MaxPool2d(3, 2)],
+        block="Mixed_6a.")
+
+
+def mixed_6(name, c):
+    return Concat(
+        [Conv("branch1x1", 768, 192, 1)],
+        [Conv("branch7x7_1", 768, c, 1), Conv("branch7x7_2", c, c, (1, 7)),
+         Conv("branch7x7_3", c, 192, (7, 1))],
+        [Conv("branch7x7dbl_1", 768, c, 1), Conv("branch7x7dbl_2", c, c, (7, 1)),
+         Conv("branch7x7dbl_3", c, c, (1, 7)), Conv("branch7x7dbl_4", c, c, (7, 1)),
+         Conv("branch7x7dbl_5", c, 192, (1, 7))],
+        [average_pool(), Conv("branch_pool", 768, 192, 1)],
+        block=f"{name}.")
+
+
+def mixed_7a():
+    return Concat(
+        [Conv("branch3x3_1", 768, 192, 1), Conv("branch3x3_2", 192, 320, 3, stride=2)],
+        [Conv("branch7x7x3_1", 768, 192, 1), Conv("branch7x7x3_2", 192, 192, (1, 7)),
+         Conv("branch7x7x3_3", 192, 192, (7, 1)), Conv("branch7x7x3_4", 192, 192, 3, stride=2)],
+        [nn.MaxPool2d(3, 2)],
+        block="Mixed_7a.")
+
+
+def mixed_7(name, width, pool):
+    return Concat(
+        [Conv("branch1x1", width, 320, 1)],
+        [Conv("branch3x3_1", width, 384, 1),
+         Concat([Conv("branch3x3_2a", 384, 384, (1, 3))],
+                [Conv("branch3x3_2b", 384, 384, (3, 1))])],
+        [Conv("branch3x3dbl_1", width, 448, 1), Conv("branch3x3dbl_2", 448, 384, 3),
+         Concat([Conv("branch3x3dbl_3a", 384, 384, (1, 3))],
+                [Conv("branch3x3dbl_3b", 384, 384, (3, 1))])],
+        [pool, Conv("branch_pool", width, 192, 1)],
+        block=f"{name}.")
 
 
 class InceptionV3(nn.Module):
-    """The network of 2015-12-05: uint8 (N, 3 or 1, H, W) -> (pool (N, 2048), spatial (N, 2023), probs (N, 1008)).
+    """The network of 2015-12-05: uint8 (N, 3 or 1, H, W) -> pool, spatial, probs, float32.
 
-    As in ADM's graph: bilinear to 299x299, (x - 128) / 128, softmax of the logits without their bias. The spatial
-    features are "mixed_6/conv:0"[..., :7], flattened as (17, 17, 7). TF counts mixed, mixed_1, ... from Mixed_5b, so
-    mixed_6 is Mixed_6d; its node "conv" comes after conv/Conv2D and conv/batchnorm and is their ReLU. So these are the
-    first 7 channels of branch1x1 after batch norm and ReLU, which are the first 7 of the block.
+    pool (N, 2048) is for FID, precision and recall; spatial (N, 2023) for sFID; probs (N, 1008)
+    for the Inception Score: softmax of the logits without their bias, as in ADM's graph.
+    spatial is that graph's "mixed_6/conv:0"[..., :7] as (17, 17, 7), where "conv" is a ReLU and
+    mixed_6 is Mixed_6d here: the first 7 channels of its branch1x1, and so of the block.
 
-    weights: a file in pytorch-fid's layout; None: that file from torch.hub's checkpoints folder, downloaded if it isn't
-    there, its SHA-256 checked. ValueError: one line that names the file.
+    weights: a file in pytorch-fid's layout. None: that file from torch.hub's checkpoints folder,
+    downloaded if missing, its SHA-256 checked. ValueError: it can't be loaded.
     """
     widths = (2048, 2023, 1008)
 
     def __init__(self, weights=None):
         super().__init__()
-        self.blocks, width = nn.ModuleDict(), 3
-        with torch.device("meta"):  # only the shapes: the numbers come from the file
-            for name, text in INCEPTION.items():
-                self.blocks[name], width = build(text, width, "" if name == "stem" else name + ".")
-        convs = [m for m in self.modules() if isinstance(m, Conv)]
-        shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
-        for conv in convs:
-            shapes |= dict(zip(conv.keys, [conv.weight.shape] + [conv.bias.shape] * 4, strict=True))
-
+        with torch.device("meta"):  # the numbers come from the file
+            self.to_6d = nn.Sequential(                                      # (N, 3, 299, 299)
+                Conv("Conv2d_1a_3x3", 3, 32, 3, stride=2),                   # (N, 32, 149, 149)
+                Conv("Conv2d_2a_3x3", 32, 32, 3, padding=0),
+                Conv("Conv2d_2b_3x3", 32, 64, 3), nn.MaxPool2d(3, 2),        # (N, 64, 73, 73)
+                Conv("Conv2d_3b_1x1", 64, 80, 1),
+                Conv("Conv2d_4a_3x3", 80, 192, 3, padding=0),
+                nn.MaxPool2d(3, 2), mixed_5("Mixed_5b", 192, 32),            # (N, 256, 35, 35)
+                mixed_5("Mixed_5c", 256, 64), mixed_5("Mixed_5d", 288, 64),  # (N, 288, 35, 35)
+                mixed_6a(), mixed_6("Mixed_6b", 128),                        # (N, 768, 17, 17)
+                mixed_6("Mixed_6c", 160), mixed_6("Mixed_6d", 160))
+            self.to_7c = nn.Sequential(
+                mixed_6("Mixed_6e", 192), mixed_7a(),                        # (N, 1280, 8, 8)
+                mixed_7("Mixed_7b", 1280, average_pool()),
+                mixed_7("Mixed_7c", 2048, nn.MaxPool2d(3, 1, 1)))            # (N, 2048, 8, 8)
         path = weights or os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
         try:
             if not weights and not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256)  # in place once the hash is right
-            if not weights:
-                with open(path, "rb") as f:
-                    if hashlib.file_digest(f, "sha256").hexdigest() != INCEPTION_SHA256:
-                        raise ValueError("its SHA-256 is wrong, delete it")
+                torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a pickle protocol that it is about to refuse
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            wrong = [k for k, s in shapes.items() if k not in state or state[k].shape != s]
-            wrong += [k for k in state if k not in shapes and not k.endswith("num_batches_tracked")]
-            if wrong:
-                raise ValueError(f"{wrong[0]} differs from pytorch-fid's layout")
-        except Exception as e:  # noqa: BLE001  no network, or whatever torch.load does with a foreign file
-            raise ValueError(f"{path}: no Inception weights ({(str(e) or type(e).__name__).splitlines()[0]}); put "
-                             f"{INCEPTION_URL} there") from None
-        for conv in convs:  # batch norm folded in: gamma (W x - mean) / sqrt(var + 0.001) + beta
-            w, gamma, beta, mean, var = (state[k].double() for k in conv.keys)
-            scale = gamma / (var + 0.001).sqrt()
-            conv.weight = nn.Parameter((w * scale[:, None, None, None]).float(), requires_grad=False)
-            conv.bias = nn.Parameter((beta - mean * scale).float(), requires_grad=False)
+            for conv in convolutions(self):
+                fold(conv, state)
+            if state["fc.weight"].shape != (1008, 2048):
+                raise ValueError("fc.weight is not (1008, 2048)")
+        except Exception as e:  # noqa: BLE001  torch.load raises anything
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise ValueError(f"{path}: no Inception weights ({reason}); download {INCEPTION_URL} "
+                             "and give it as --weights FILE; training does without them with "
+                             "--eval-samples 0") from None
         self.register_buffer("fc", state["fc.weight"].float())
         self.to(memory_format=torch.channels_last)
 
@@ -441,29 +283,72 @@ class InceptionV3(nn.Module):
             raise ValueError(f"InceptionV3 takes uint8 images, 0 to 255, not {x.dtype}")
         with plain_float32(x.device):
             x = (resize_tf1(x.expand(-1, 3, -1, -1)) - 128) / 128
-            x = x.contiguous(memory_format=torch.channels_last)                   # (N, 3, 299, 299)
-            for name, block in self.blocks.items():
-                x = block(x)
-                if name == "Mixed_6d":
-                    spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # (N, 17 * 17 * 7)
-            pool = x.mean((2, 3))                                                 # (N, 2048)
+            x = self.to_6d(x.contiguous(memory_format=torch.channels_last))  # (N, 768, 17, 17)
+            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                # (N, 17 * 17 * 7)
+            pool = self.to_7c(x).mean((2, 3))                                # (N, 2048)
             return pool, spatial, (pool @ self.fc.T).softmax(1)
 
 
+def fold(conv, state):
+    """Weight and bias of W x and its batch norm: gamma (W x - mean) / sqrt(var + 0.001) + beta."""
+    weight = state[f"{conv.name}.conv.weight"].double()
+    gamma, beta, mean, var = (state[f"{conv.name}.bn.{key}"].double()
+                              for key in ("weight", "bias", "running_mean", "running_var"))
+    if weight.shape != conv.weight.shape or not gamma.shape == beta.shape == conv.bias.shape:
+        raise ValueError(f"{conv.name} has another shape")
+    scale = gamma / (var + 0.001).sqrt()
+    weight, bias = weight * scale[:, None, None, None], beta - mean * scale
+    conv.weight = nn.Parameter(weight.float(), requires_grad=False)
+    conv.bias = nn.Parameter(bias.float(), requires_grad=False)
+
+
+def resize_tf1(x, size=299):
+    """(N, C, H, W) -> float32 (N, C, size, size): TF1's bilinear, pixel i is at i H / size."""
+    for dim in (3, 2):
+        n = x.shape[dim]
+        scale = (np.float32(n) / np.float32(size)).item()
+        at = torch.arange(size, dtype=torch.float32, device=x.device) * scale
+        low = at.long().clamp(max=n - 1)
+        high = (low + 1).clamp(max=n - 1)
+        share = (at - low).view(-1, *[1] * (3 - dim))
+        x = torch.lerp(x.index_select(dim, low).float(), x.index_select(dim, high).float(), share)
+    return x
+
+
+@contextmanager
+def plain_float32(device):
+    """Full fp32, whatever autocast, TF32 or cuDNN settings the caller has."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (torch.autocast(torch.device(device).type, enabled=False),
+              torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True,
+                                         allow_tf32=False)):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+# ---------------------------------------------------------------- the digits' network
+
 class DigitsNet(nn.Module):
-    """The same for 8x8 digits: uint8 (N, 1 or 3, 8, 8) -> (pool (N, 64), spatial (N, 128), probs (N, 10)), float32."""
+    """For 8x8 digits: uint8 (N, 1, 8, 8) -> pool (N, 64), spatial (N, 128), probs (N, 10)."""
     widths = (64, 128, 10)
 
     def __init__(self):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
-        self.conv3, self.fc1, self.fc2 = nn.Conv2d(32, 64, 3, padding=1), nn.Linear(256, 64), nn.Linear(64, 10)
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(256, 64), nn.Linear(64, 10)
 
     def logits(self, x):
-        x = x.float().mean(1, keepdim=True) / 127.5 - 1
-        x = F.max_pool2d(F.silu(self.conv2(F.silu(self.conv1(x)))), 2)            # (N, 32, 4, 4); ReLUs would die
-        spatial = x[:, :8].permute(0, 2, 3, 1).flatten(1)                         # (N, 4 * 4 * 8)
-        pool = F.silu(self.fc1(F.max_pool2d(F.silu(self.conv3(x)), 2).flatten(1)))
+        x = x.float() / 127.5 - 1
+        x = F.silu(self.conv2(F.silu(self.conv1(x))))                        # ReLUs would die
+        x = F.max_pool2d(x, 2)                                               # (N, 32, 4, 4)
+        spatial = x[:, :8].permute(0, 2, 3, 1).flatten(1)                    # (N, 4 * 4 * 8)
+        x = F.max_pool2d(F.silu(self.conv3(x)), 2)                           # (N, 64, 2, 2)
+        pool = F.silu(self.fc1(x.flatten(1)))                                # (N, 64)
         return pool, spatial, self.fc2(pool)
 
     @torch.no_grad()
@@ -474,295 +359,494 @@ class DigitsNet(nn.Module):
 
 
 def digits_net():
-    """DigitsNet, trained from a fixed seed (some seconds) on all digits but each fifth, of which it gets 98 % right.
+    """DigitsNet, trained for some seconds on all digits but every fifth: 98 % of those are right.
 
-    It is kept in torch.hub's checkpoints folder. The caller's random state, gradient mode and threads don't matter.
+    Kept in torch.hub's checkpoints folder. The weights don't depend on the caller's seed, gradient
+    mode or number of threads, and the caller's random state is left alone.
     """
-    path, threads = os.path.join(torch.hub.get_dir(), "checkpoints", "digits-cnn-v1.pt"), torch.get_num_threads()
-    with plain_float32("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", "digits-cnn-v1.pt")
+    with (plain_float32("cpu"), torch.inference_mode(False), torch.enable_grad(),
+          torch.random.fork_rng(devices=[])):
         net = DigitsNet()
-        with suppress(Exception):  # not there, or broken
+        with suppress(Exception):  # missing or broken
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             return net
         torch.default_generator.manual_seed(0)
-        net, real = DigitsNet(), real_images("digits")
-        train = torch.arange(len(real)) % 5 > 0
-        x, y = real.images[train], torch.tensor(real.labels)[train]
-        optimizer, steps = torch.optim.Adam(net.parameters()), 600
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-        torch.set_num_threads(1)  # sums, and so the weights, depend on the number of threads
+        net = DigitsNet()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
         try:
-            for _ in range(steps):
-                i = torch.randint(len(x), (64,))
-                dy, dx = torch.randint(3, (2,)).tolist()  # shifted by up to a pixel
-                images = F.pad(x[i], (1, 1, 1, 1))[:, :, dy:dy + 8, dx:dx + 8]
-                loss = F.cross_entropy(net.logits(images)[2], y[i])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+            train_digits(net)
         finally:
             torch.set_num_threads(threads)
-    with suppress(OSError, RuntimeError):  # a folder that can't be written: train again next time
+    with suppress(OSError):  # not writable: train again next time
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.save(net.state_dict(), f"{path}.{os.getpid()}")
-        os.replace(f"{path}.{os.getpid()}", path)
+        with models.atomic(path) as f:
+            torch.save(net.state_dict(), f)
     return net
+
+
+def train_digits(net, steps=600):
+    images, labels = (torch.from_numpy(x) for x in data.digits())
+    train = torch.arange(len(images)) % 5 > 0
+    images, labels = images[train].view(-1, 1, 8, 8), labels[train]
+    optimizer = torch.optim.Adam(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+    for _ in range(steps):
+        i = torch.randint(len(images), (64,))
+        dy, dx = torch.randint(3, (2,)).tolist()  # shifted by up to a pixel
+        x = F.pad(images[i], (1, 1, 1, 1))[:, :, dy:dy + 8, dx:dx + 8]
+        loss = F.cross_entropy(net.logits(x)[2], labels[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+# ---------------------------------------------------------------- images
+
+class Images:
+    """uint8 images: an array, files, or else the .npz at `name`, read batch by batch.
+
+    shape: (H, W, C) of each. labels: the .npz's, or None. size: the files are cropped to it.
+    shuffle: sorted by class, so take them in a fixed random order.
+    """
+
+    def __init__(self, name, array=None, files=None, size=None, shuffle=False):
+        self.name, self.array, self.files, self.size = name, array, files, size
+        self.shuffle, self.labels, dtype = shuffle, None, "uint8"
+        if files:
+            shape = (len(files), *data.read_image(files[0], size).shape)
+            if size is None:
+                check_sizes(name, files)
+        elif array is not None:
+            shape, dtype = array.shape, array.dtype
+        else:
+            headers = npz_headers(name)
+            if "arr_0" not in headers:
+                raise ValueError(f"{name}: has no arr_0, the images; it has {[*headers]}")
+            shape, dtype = headers["arr_0"]
+            if headers.get("labels") == (shape[:1], np.int64):
+                self.labels = read_array(name, "labels")
+        if dtype != "uint8" or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+            raise ValueError(f"{name}: images must be uint8 (N, H, W, C) with C 1 or 3, "
+                             f"not {dtype} {shape}")
+        self.count, self.shape = shape[0], tuple(shape[1:])
+        if self.count < 4:
+            raise ValueError(f"{name}: the metrics need 4 images, and it has {self.count}")
+
+    def batches(self, batch, rank=0, world=1, stop=None):
+        """Yields (rows (b,) int64, images (b, C, H, W)): rows rank::world below stop, in order."""
+        rows = np.arange(rank, stop or self.count, world)
+        parts = [rows[i:i + batch] for i in range(0, len(rows), batch)]
+        order = np.arange(self.count)
+        if self.shuffle:
+            order = np.random.RandomState(0).permutation(self.count)
+        if self.files:
+            paths = [self.files[i] for i in order[rows]]
+            arrays = data.read_ahead(paths, self.size, batch, workers=min(8, os.cpu_count()))
+        elif self.array is not None:
+            arrays = (self.array[order[part]] for part in parts)
+        else:
+            arrays = read_rows(self.name, self.shape, parts)
+        for part, x in zip(parts, arrays, strict=True):
+            yield torch.from_numpy(part), torch.from_numpy(x).permute(0, 3, 1, 2)
+
+
+def open_images(source, *, real=False, size=None):
+    """Images of an array (N, H, W, C), an .npz with arr_0, or a folder, with the folders in it.
+
+    real: also "digits", what data.py has prepared, and class folders, which are cropped to size.
+    ValueError: none of these, of mixed sizes, fewer than 4 images, or real ones among samples.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        array = source.cpu() if isinstance(source, torch.Tensor) else source
+        return Images("the array", array=np.asarray(array))
+    name = os.fspath(source)
+    if name == "digits" or data.is_prepared(name):
+        if not real:
+            raise ValueError(f"{name}: real images among SAMPLES; the order is SAMPLES REFERENCE")
+        prepared = data.Data(name)
+        if prepared.vae is None:
+            return Images(name, array=prepared.images, shuffle=True)
+        if not os.path.isdir(prepared.source):
+            raise ValueError(f"{name}: the folder that it was made from, {prepared.source}, is "
+                             "gone; give --reference, real images or statistics of them")
+        files, _, _ = data.class_folders(prepared.source)
+        return Images(name, files=files, size=prepared.size, shuffle=True)
+    if not os.path.isdir(name):
+        return Images(name)
+    files = data.list_images(name)
+    if not files:
+        raise ValueError(f"{name}: no images in this folder")
+    if real and all(Path(path).parent != Path(name).absolute() for path in files):
+        files, _, _ = data.class_folders(name)
+        return Images(name, files=files, size=size, shuffle=True)
+    return Images(name, files=files)
+
+
+def check_sizes(name, files):
+    from PIL import Image
+    sizes = {}
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                sizes.setdefault(image.size, path)
+        except OSError:
+            data.read_image(path)  # says what is wrong
+        if len(sizes) > 1:
+            raise ValueError(f"{name}: images of mixed sizes, {' and '.join(sizes.values())}; "
+                             "make them one size")
+
+
+@contextmanager
+def open_npz(path):
+    """A zip file to read; whatever is wrong inside it becomes a ValueError that names path."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            yield z
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file or folder") from None
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f"{path}: not an .npz, or a damaged one ({e}); make it again") from None
+
+
+def npz_headers(path):
+    """{name: (shape, dtype)} of the arrays in an .npz, which can be far larger than the file."""
+    headers = {}
+    with open_npz(path) as z:
+        for info in z.infolist():
+            if info.filename.endswith(".npy"):
+                with z.open(info) as f:
+                    shape, dtype = read_header(f)
+                    size = math.prod(shape) * dtype.itemsize
+                    if size != info.file_size - f.tell() and not dtype.hasobject:
+                        raise ValueError(f"{info.filename} is truncated")
+                headers[info.filename.removesuffix(".npy")] = shape, dtype
+    return headers
+
+
+def read_header(f):
+    """Reads an array's header and no further -> (shape, dtype)."""
+    if np.lib.format.read_magic(f) == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+    else:
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(f)
+    if fortran and len(shape) > 2:
+        raise ValueError("an array in Fortran order; save np.ascontiguousarray of it")
+    return shape, dtype
+
+
+def read_rows(path, shape, parts):
+    """Yields arr_0[part], uint8 (b, *shape), for each array of increasing row numbers."""
+    size, at = math.prod(shape), 0
+    with open_npz(path) as z, z.open("arr_0.npy") as f:
+        read_header(f)
+        for part in parts:
+            f.read((part[0] - at) * size)  # rows of other processes
+            at = part[-1] + 1
+            x = np.frombuffer(f.read((at - part[0]) * size), np.uint8)
+            yield x.reshape(-1, *shape)[part - part[0]]
+
+
+def read_array(path, key):
+    with open_npz(path) as z, z.open(f"{key}.npy") as f:
+        return np.lib.format.read_array(f, allow_pickle=False)
 
 
 # ---------------------------------------------------------------- evaluation
 
+class Moments:
+    """Mean and covariance of features (N, D): streamed, summed over the processes, in float64.
 
-def world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    Sums are of differences from the first image's features, so that nothing cancels.
+    """
+
+    def __init__(self, first):
+        rank, _ = models.ranks()
+        self.origin = total(first.double() * (rank == 0))  # the others' GPUs may round differently
+        self.sum = torch.zeros_like(self.origin)
+        self.outer = self.origin.new_zeros(len(first), len(first))
+
+    def add(self, x):
+        x = x.double() - self.origin
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def result(self, count):
+        """-> mu (D,), sigma (D, D), unbiased, in numpy."""
+        mean, outer = total(self.sum) / count, total(self.outer)
+        sigma = (outer - count * torch.outer(mean, mean)) / (count - 1)
+        return (self.origin + mean).cpu().numpy(), sigma.cpu().numpy()
 
 
 def total(x):
-    """Sum of x over the ranks."""
+    """Sum of x over the processes, in place."""
     if dist.is_initialized():
-        y = x.cpu() if dist.get_backend() == "gloo" else x
-        dist.all_reduce(y)
-        x = y.to(x.device)
+        dist.all_reduce(x)
     return x
 
 
-def statistics(net, images, *, batch=64, stop=None, keep=None, labels=None, progress=False):
-    """One pass of images through net -> namespace(count, pool, spatial: (mu, sigma), features, score, accuracy).
+def statistics(net, images, *, batch, keep, stop=None, labels=None):
+    """One pass of the images (or the first `stop`) through net, shared out among the processes.
 
-    Float64 sums, unbiased covariances. stop: look at the first so many images; features: pool of the first keep (all);
-    score: Inception Score; accuracy: share of the labels that the net gives. Collective: all ranks get the same.
+    -> (stats, Inception Score, share of `labels` that net agrees with), the same in every process.
+    stats: {"mu", "sigma" of pool; "mu_s", "sigma_s" of spatial; "pool" of the first `keep` images;
+    "shape" of an image}. ValueError: features that aren't finite.
     """
-    from tqdm import tqdm
-    device, (rank, ranks) = next(net.parameters()).device, world()
-    count = int(total(torch.tensor(images.count, device=device))) if images.local else images.count
-    count = min(count, stop or count)
-    if count < 2 or images.local and images.count < len(range(rank, count, ranks)):
-        raise ValueError(f"{images.name}: at least 2 images are needed, and on rank r the rows r::{ranks}; rank {rank} "
-                         f"has {images.count} of {count}")
-    float64 = {"dtype": torch.float64, "device": device}
-    # shift, sum of x - shift, sum of (x - shift)(x - shift)^T: with a shift near the mean nothing cancels
-    moments = [[torch.zeros(size, **float64) for size in ((d,), (d,), (d, d))] for d in net.widths[:2]]
-    splits = -(-count // SPLIT)
-    p_sum, p_log_p = torch.zeros(splits, net.widths[2], **float64), torch.zeros(splits, **float64)
-    features = torch.zeros(min(count, count if keep is None else keep), net.widths[0], device=device)  # each rank fills its rows
-    done = right = 0
-    with tqdm(total=count, desc=images.name, unit="img", disable=not progress or rank > 0) as bar:
-        for index, x in images.read(batch, rank, ranks, count):
-            pool, spatial, probs = net(x.to(device).permute(0, 3, 1, 2))
-            for (shift, s1, s2), f in zip(moments, (pool, spatial), strict=True):
-                if done == 0:
-                    shift.copy_(f.mean(0))
-                f = f.double() - shift
-                s1 += f.sum(0)
-                s2.addmm_(f.T, f)
-            wanted = index[index < len(features)].to(device)
-            features[wanted] = pool[:len(wanted)]
-            p, split = probs.double(), (index // SPLIT).to(device)
+    rank, world = models.ranks()
+    device = next(net.parameters()).device
+    count = min(images.count, stop or images.count)
+    if rank == 0 and not stop and count < net.widths[0]:
+        print(f"fid.py: warning: {images.name}: {count} images are fewer than the {net.widths[0]} "
+              "features, FID comes out too high", file=sys.stderr)
+    _, first = next(images.batches(1, stop=1))
+    pool, spatial, _ = net(first.to(device))
+    pool_moments, spatial_moments = Moments(pool[0]), Moments(spatial[0])
+    kept = torch.zeros(min(count, keep), net.widths[0], device=device)  # filled by all ranks
+    splits = math.ceil(count / SPLIT)
+    p_sum = torch.zeros(splits, net.widths[2], dtype=torch.float64, device=device)
+    p_log_p = torch.zeros(splits, dtype=torch.float64, device=device)
+    right = torch.zeros((), dtype=torch.float64, device=device)
+    with tqdm(total=count, desc=images.name, unit="img", leave=False,
+              disable=True if rank else None) as bar:  # None: only in a terminal
+        for rows, x in images.batches(batch, rank, world, count):
+            pool, spatial, probs = net(x.to(device))
+            pool_moments.add(pool)
+            spatial_moments.add(spatial)
+            wanted = rows[rows < keep].to(device)
+            kept[wanted] = pool[:len(wanted)]
+            p, split = probs.double(), (rows // SPLIT).to(device)
             p_sum.index_add_(0, split, p)
             p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
             if labels is not None:
-                y = labels[done:done + len(x)] if images.local else labels[index]
-                right += (probs.argmax(1) == y.to(device)).sum()
-            done += len(x)
-            bar.update(min(len(x) * ranks, count - bar.n))
-    result = SimpleNamespace(count=count, features=total(features))
-    for name, (shift, s1, s2) in zip(("pool", "spatial"), moments, strict=True):
-        mu = total(shift * done + s1) / count
-        off = shift + s1 / max(done, 1) - mu  # this rank's mean from the mean of all: Chan's rule for merging
-        sigma = total(s2 - torch.outer(s1, s1) / max(done, 1) + done * torch.outer(off, off)) / (count - 1)
-        if not (mu.isfinite().all() and sigma.isfinite().all()):
-            raise ValueError(f"{images.name}: features that are not finite; are these the right weights?")
-        setattr(result, name, (mu.cpu().numpy(), sigma.cpu().numpy()))
+                right += (probs.argmax(1) == labels[rows].to(device)).sum()
+            bar.update(min(len(x) * world, count - bar.n))
+    mu, sigma = pool_moments.result(count)
+    mu_s, sigma_s = spatial_moments.result(count)
+    if not (np.isfinite(sigma).all() and np.isfinite(sigma_s).all()):
+        raise ValueError(f"{images.name}: features are not finite; are these the right weights?")
+    stats = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s,
+             "pool": total(kept).cpu().numpy(), "shape": np.array(images.shape)}
     n = torch.bincount(torch.arange(count) // SPLIT).to(device)
-    p = total(p_sum) / n[:, None]
-    result.score = (total(p_log_p) / n - torch.xlogy(p, p).sum(1)).exp().mean().item()
-    result.accuracy = (total(torch.zeros((), **float64) + right) / count).item()
-    return result
+    marginal = total(p_sum) / n[:, None]
+    kl = total(p_log_p) / n - torch.xlogy(marginal, marginal).sum(1)  # as in inception_score()
+    return stats, kl.exp().mean().item(), total(right).item() / count
 
 
-def check_size(images, features):
-    if features == "digits" and images.shape[:2] != (8, 8):
-        raise ValueError(f"{images.name}: digits features are for images of 8x8 pixels, not {images.shape[0]}x"
-                         f"{images.shape[1]}; use inception features")
+@dataclass
+class Reference:
+    """What evaluate() needs of the real images: what load_reference() returns."""
+    name: str
+    net: nn.Module
+    stats: dict  # as statistics() returns it; "pool" and "shape" only where they are known
+
+    def save(self, path):
+        with models.atomic(path) as f:
+            np.savez(f, **self.stats)
 
 
-def load_reference(reference, features="inception", *, size=None, weights=None, batch=64, progress=False):
-    """What evaluate() needs to know of the real images: read once, and before anything expensive.
+def load_reference(reference, features="inception", *, size=None, weights=None, batch=64):
+    """What evaluate() needs of the real images, read once and before anything expensive.
 
-    reference: an ADM .npz (mu, sigma, mu_s, sigma_s, perhaps arr_0), or what open_images takes. size: pixels to which a
-    folder of class folders is centre-cropped. weights: InceptionV3's. Collective. ValueError: one line.
+    reference: an .npz with ADM's statistics (mu, sigma, mu_s, sigma_s) or with images, arr_0; a
+        folder of images, or of class folders, cropped to size; "digits"; a folder that data.py
+        has prepared, which then keeps its statistics, as inception.npz; an array of images.
+    features: "digits" for 8x8 images of one channel, else "inception".
+    size: height of the samples, in pixels. weights: InceptionV3's. batch: images at a time.
+    -> Reference. Collective under torch.distributed.
+    ValueError: one line that names the file, folder or flag, and what would be right.
     """
     if features not in ("inception", "digits"):
         raise ValueError(f"features must be inception or digits, not {features!r}")
     if weights is not None and features == "digits":
-        raise ValueError(f"weights {weights} are the Inception network's: leave them out with features digits")
-    keys = npz_keys(reference) if isinstance(reference, (str, os.PathLike)) else []
-    stats, images = [], None
-    if {"mu", "sigma", "mu_s", "sigma_s"} & set(keys):
-        pool, spatial, _ = (InceptionV3 if features == "inception" else DigitsNet).widths
-        for key, want in (("mu", (pool,)), ("sigma", (pool,) * 2), ("mu_s", (spatial,)), ("sigma_s", (spatial,) * 2)):
-            x = read_npz(reference, key)
-            if x.shape != want or x.dtype.kind != "f" or not np.isfinite(x).all():
-                raise ValueError(f"{reference}: {key} must be finite numbers {want} for {features} features; it is "
-                                 f"{x.dtype} {x.shape}, NaN or infinite where the shape is right")
-            stats.append(x)
-    if not stats or "arr_0" in keys:
-        images = open_images(reference, size)
-        check_size(images, features)
-    error = [None]
-    for turn in (True, False):  # rank 0 downloads or trains, then the others find what it left
-        if (world()[0] == 0) == turn:
-            try:
-                net = InceptionV3(weights) if features == "inception" else digits_net()
-            except ValueError as e:
-                error = [str(e)]
-        if turn and dist.is_initialized():
-            dist.broadcast_object_list(error, 0)
-        if error[0]:
-            e = ValueError(error[0])
-            e.shared = turn  # all ranks have rank 0's
-            raise e
+        raise ValueError(f"--weights {weights}: these are Inception's, which digits don't use")
+    rank, _ = models.ranks()
+    is_path = isinstance(reference, (str, os.PathLike))
+    name = file = os.fspath(reference) if is_path else "the reference"
+    prepared = is_path and data.is_prepared(name)
+    if prepared:
+        file = os.path.join(name, "inception.npz")
+    # Rank 0 looks for all: another run may be about to write it.
+    found = total(torch.tensor(float(rank == 0 and is_path and os.path.isfile(file))))
+    headers = npz_headers(file) if found else {}
+    stats, images = {}, None
+    if "mu" in headers:
+        stats = read_statistics(file, headers, features)
+    if not stats or "arr_0" in headers and "pool" not in headers:
+        images = open_images(reference, real=True, size=size)
+    shape = tuple(images.shape if images else stats.get("shape", ()))
+    if shape and size not in (None, shape[0]):
+        raise ValueError(f"{name}: images of {shape[0]}x{shape[1]} pixels, but the samples have "
+                         f"{size}; give a reference of their size")
+    if shape and (shape == DIGIT) != (features == "digits"):
+        raise ValueError(f"{name}: images of {shape} don't go with {features} features; samples "
+                         "and reference must both be digits, (8, 8, 1), or both be pictures")
+    if rank > 0:
+        models.barrier()  # rank 0 downloads or trains the network first
+    net = InceptionV3(weights) if features == "inception" else digits_net()
+    if rank == 0:
+        models.barrier()
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    ref = SimpleNamespace(kind=features, net=net, images=images, count=None, features=None)
     if images:
-        got = statistics(net, images, batch=batch, stop=MANIFOLD if stats else None, keep=MANIFOLD, progress=progress)
-        ref.pool, ref.spatial, ref.features, ref.count = got.pool, got.spatial, got.features, got.count
-    if stats:
-        ref.pool, ref.spatial, ref.count = stats[:2], stats[2:], None
-    return ref
+        stop = MANIFOLD if stats else None  # only for precision and recall
+        computed, _, _ = statistics(net, images, batch=batch, keep=MANIFOLD, stop=stop)
+        stats = computed | stats
+    result = Reference(name, net, stats)
+    if prepared and images and rank == 0:
+        with suppress(OSError):  # not writable: computed again next time
+            result.save(file)
+    return result
 
 
-def evaluate(samples, reference, features="inception", *, weights=None, batch=64, labels=None, progress=False):
-    """{"fid", "sfid", "is", "precision", "recall"} of samples; with labels and digits features also "accuracy", the
-    share of samples to which the net gives their label.
+def read_statistics(path, headers, features):
+    """The statistics of an .npz, read only where their shapes are right: it may be a zip bomb."""
+    pool, spatial, _ = (InceptionV3 if features == "inception" else DigitsNet).widths
+    shapes = {"mu": (pool,), "sigma": (pool, pool), "mu_s": (spatial,),
+              "sigma_s": (spatial, spatial)}
+    if "pool" in headers:
+        rows = headers["pool"][0][:1]
+        shapes["pool"] = (*min(rows, (MANIFOLD,)), pool)
+    if "shape" in headers:
+        shapes["shape"] = (3,)
+    stats = {}
+    for key, shape in shapes.items():
+        found, dtype = headers.get(key, ("missing", None))
+        if found != shape or dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {key} must be numbers {shape} for {features} features, "
+                             f"but is {dtype} {found}")
+        stats[key] = read_array(path, key)
+        if not np.isfinite(stats[key]).all():
+            raise ValueError(f"{path}: {key} is not finite (NaN or infinity)")
+    return stats
 
-    samples: an .npz, a folder, uint8 (N, H, W, C), or what open_images returned. reference: the same, an ADM .npz, or
-    what load_reference returned, which brings its own features and weights. labels (N,): that the samples
-    were asked for as. batch: images a pass and rank, changes only the speed. precision and recall are nan where the
-    reference has no images. Collective. ValueError: one line that names the file and what would be right.
+
+def evaluate(samples, reference, features="inception", *, weights=None, batch=64, labels=None):
+    """{"fid", "sfid", "is", "precision", "recall"}, and for digits with labels "accuracy".
+
+    samples: an .npz with arr_0 uint8 (N, H, W, C), a folder of images, or such an array.
+    reference: what load_reference() takes, or what it returned, with its features and weights.
+    labels: (N,) what the samples should show, by default the .npz's "labels"; accuracy is the
+        share that the digits' network agrees with.
+    Precision and recall are nan where the reference is statistics alone. Collective under
+    torch.distributed: every process passes the same, reads its share, and gets the same figures.
+    ValueError: one line that names the file and what would be right.
     """
-    images = samples if isinstance(samples, SimpleNamespace) else open_images(samples)
+    images = samples if isinstance(samples, Images) else open_images(samples)
     ref = reference
-    if not isinstance(ref, SimpleNamespace):
-        ref = load_reference(ref, features, size=images.shape[0], weights=weights, batch=batch, progress=progress)
-    check_size(images, ref.kind)
-    if ref.kind != "digits":
+    if not isinstance(ref, Reference):
+        ref = load_reference(ref, features, size=images.shape[0], weights=weights, batch=batch)
+    digits = isinstance(ref.net, DigitsNet)
+    shape = tuple(ref.stats.get("shape", DIGIT if digits else images.shape))
+    if images.shape != shape:
+        raise ValueError(f"{images.name}: images of (height, width, channels) {images.shape}, but "
+                         f"{shape} in {ref.name}; give a reference like the samples")
+    if not digits:
         labels = None
+    elif labels is None:
+        labels = images.labels
     if labels is not None:
         labels = torch.as_tensor(labels).cpu()
         if labels.shape != (images.count,):
-            raise ValueError(f"{images.name}: labels must be {images.count} integers, not {tuple(labels.shape)}")
-    got = statistics(ref.net, images, batch=batch, labels=labels, progress=progress,
-                     keep=0 if ref.features is None else None)  # precision and recall alone need them
-    figures = torch.zeros(4, dtype=torch.float64, device=got.features.device)
-    if world()[0] == 0:
-        for name, count in ((images.name, got.count), ("reference", ref.count)):
-            if count and count < ref.net.widths[0]:
-                print(f"fid.py: warning: {name}: {count} images are fewer than {ref.net.widths[0]} features, FID comes "
-                      "out too high", file=sys.stderr)
-        figures[0] = frechet_distance(*got.pool, *ref.pool)
-        figures[1] = frechet_distance(*got.spatial, *ref.spatial)
-        figures[2:] = math.nan
-        if ref.features is not None and min(len(ref.features), got.count) > 3:
-            figures[2:] = torch.tensor(precision_recall(ref.features, got.features), dtype=torch.float64)
-    fid, sfid, precision, recall = total(figures).tolist()  # the other ranks add zeros
-    out = {"fid": fid, "sfid": sfid, "is": got.score, "precision": precision, "recall": recall}
-    return out if labels is None else {**out, "accuracy": got.accuracy}
+            raise ValueError(f"{images.name}: {images.count} images, but labels of shape "
+                             f"{tuple(labels.shape)}")
+    keep = images.count if "pool" in ref.stats else 0  # only precision and recall need them
+    stats, score, accuracy = statistics(ref.net, images, batch=batch, keep=keep, labels=labels)
+    device = next(ref.net.parameters()).device
+    figures = torch.zeros(4, dtype=torch.float64, device=device)  # the other processes add zeros
+    rank, _ = models.ranks()
+    if rank == 0:
+        figures[:] = math.nan
+        for i, (mu, sigma) in enumerate((("mu", "sigma"), ("mu_s", "sigma_s"))):
+            figures[i] = frechet_distance(stats[mu], stats[sigma], ref.stats[mu], ref.stats[sigma])
+        if keep:
+            real, fake = (torch.from_numpy(x["pool"]).to(device) for x in (ref.stats, stats))
+            figures[2], figures[3] = precision_recall(real, fake)
+    fid, sfid, precision, recall = total(figures).tolist()
+    scores = {"fid": fid, "sfid": sfid, "is": score, "precision": precision, "recall": recall}
+    if labels is not None:
+        scores["accuracy"] = accuracy
+    return scores
 
 
-def save_stats(path, ref):
-    """What load_reference returned -> an .npz in ADM's layout: mu, sigma, mu_s, sigma_s, the first 10,000 images."""
-    partial = f"{path}.{os.getpid()}"
-    try:
-        with zipfile.ZipFile(partial, "w") as z:
-            for key, x in zip(("mu", "sigma", "mu_s", "sigma_s"), (*ref.pool, *ref.spatial), strict=True):
-                with z.open(f"{key}.npy", "w", force_zip64=True) as f:
-                    np.lib.format.write_array(f, np.ascontiguousarray(x), allow_pickle=False)
-            if ref.images:
-                shape = (min(ref.images.count, MANIFOLD), *ref.images.shape)
-                with z.open("arr_0.npy", "w", force_zip64=True) as f:
-                    np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                    for _, x in ref.images.read(64, 0, 1, shape[0]):
-                        f.write(x.contiguous().numpy().tobytes())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+# ---------------------------------------------------------------- python fid.py
+
+def label_rule(path):
+    """How the labels were chosen, says sample.py's record beside the samples; "-" without one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with open(f"{path}.json", encoding="utf-8") as f:
+            rule = json.load(f)["class_labels"]
+        if isinstance(rule, str):
+            return rule
+    return "-"
+
+
+def table(rows):
+    """Dicts of cells -> Markdown, with the columns of the longest."""
+    columns = max(rows, key=len)
+    lines = ["| " + " | ".join(columns) + " |", "|---|---:|---|" + "---:|" * (len(columns) - 3)]
+    for row in rows:
+        cells = [row.get(column, math.nan) for column in columns]
+        for i, cell in enumerate(cells):
+            if isinstance(cell, float):
+                cells[i] = "-" if math.isnan(cell) else f"{cell:.4f}"
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def parse_args(argv):
+    p = models.command_line(__doc__)
+    p.add_argument("samples", nargs="+", metavar="SAMPLES",
+                   help="an .npz with arr_0 uint8 (N, H, W, C), as sample.py writes, or a folder")
+    p.add_argument("reference", metavar="REFERENCE",
+                   help="the same for real images; ADM's .npz; class folders, cropped to the size "
+                        "of SAMPLES; what data.py has prepared; digits")
+    p.add_argument("--weights", metavar="FILE",
+                   help="of Inception, pytorch-fid's [downloaded once, 95 MB]")
+    p.add_argument("--batch", type=models.number("[1, inf)", int), default=64, metavar="N",
+                   help="images at a time, per process; no effect on the figures [%(default)s]")
+    p.add_argument("--save-stats", metavar="FILE",
+                   help="keep what REFERENCE amounts to as an .npz, itself a REFERENCE [off]")
+    args = p.parse_args(argv)
+    if args.save_stats:
+        inputs = [os.path.realpath(path) for path in (*args.samples, args.reference)]
+        folder = os.path.dirname(os.path.abspath(args.save_stats))
+        if os.path.realpath(args.save_stats) in inputs or not os.path.isdir(folder):
+            raise ValueError(f"--save-stats {args.save_stats}: must be a new file, in a folder "
+                             "that exists")
+    return args
+
+
+def has_statistics(path):
+    return os.path.isfile(path) and "mu" in npz_headers(path)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="fid.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=lambda
-                                prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=120))
-    p.add_argument("samples", nargs="+", metavar="SAMPLES",
-                   help="an .npz with arr_0 uint8 (N, H, W, C), or a folder of images")
-    p.add_argument("reference", metavar="REFERENCE", help="the same, an ADM .npz with mu, sigma, mu_s and sigma_s, a "
-                   "folder of class folders (centre-cropped to the samples' size), or digits")
-    p.add_argument("--features", choices=("inception", "digits"), help="the feature net [digits where REFERENCE is "
-                   "digits or the samples are 8x8 with one channel, else inception]")
-    p.add_argument("--weights", metavar="FILE", help="Inception weights, pytorch-fid's [downloaded once, 95 MB]")
-    p.add_argument("--batch", metavar="N", type=int, default=64, help="images at once, per process; changes only the speed "
-                   "[%(default)s]")
-    p.add_argument("--json", action="store_true", help="a JSON list instead of the Markdown table [off]")
-    p.add_argument("--save-stats", metavar="FILE", help="also write REFERENCE as an ADM .npz [not written]")
-    quiet = int(os.environ.get("LOCAL_RANK", "0")) > 0  # while every rank would say the same
-
-    def stop(error):
-        if quiet or getattr(error, "shared", False) and world()[0]:
-            time.sleep(30)  # a node's first rank says it, and torchrun then ends this one
-        else:
-            print(f"fid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    p.error = stop
-    args = p.parse_args(argv)
-    distributed, rows = "LOCAL_RANK" in os.environ and not dist.is_initialized(), []
-    try:
-        if args.batch < 1:
-            raise ValueError(f"--batch must be at least 1 image, not {args.batch}")
-        out = args.save_stats
-        if out and (not out.endswith(".npz") or not os.path.isdir(os.path.dirname(out) or ".")
-                    or os.path.realpath(out) in map(os.path.realpath, [*args.samples, args.reference])):
-            raise ValueError(f"--save-stats {out} must be an .npz in a folder that exists, and none of the inputs")
-        opened = [open_images(s) for s in args.samples]
-        digits = args.reference == "digits" or opened[0].shape == (8, 8, 1)
-        features = args.features or ("digits" if digits else "inception")
-        for images in opened:
-            check_size(images, features)
-            if images.shape[:2] != opened[0].shape[:2]:
-                raise ValueError(f"{images.name}: other image size than {opened[0].name}; give each size its own run")
-        if distributed:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        quiet = False
-        ref = load_reference(args.reference, features, size=opened[0].shape[0], weights=args.weights, batch=args.batch,
-                             progress=True)
-        for images in opened:
-            rule = "-"  # sample.py's record, X.json beside X.npz, says how the labels were drawn
-            with suppress(OSError, ValueError, KeyError, TypeError), \
-                    open(os.path.splitext(images.name)[0] + ".json", encoding="utf-8") as f:
-                rule = str(json.load(f)["class_labels"])
-            labels = None
-            if features == "digits" and "labels" in npz_keys(images.name):
-                labels = read_npz(images.name, "labels").astype(np.int64)
-            figures = evaluate(images, ref, batch=args.batch, labels=labels, progress=True)
-            rows.append({"samples": images.name, "images": images.count, "labels": rule,
-                         **{k: None if math.isnan(v) else v for k, v in figures.items()}})
-        if out and world()[0] == 0:
-            save_stats(out, ref)
-    except (ValueError, OSError) as e:
-        stop(e)
-    if args.json and world()[0] == 0:
-        print(json.dumps(rows, indent=1))
-    elif world()[0] == 0:
-        keys, heads = list(max(rows, key=len)), {"fid": "FID", "sfid": "sFID", "is": "IS"}  # accuracy only where known
-        print("| " + " | ".join(heads.get(k, k) for k in keys) + " |\n|" + "---|" * 3 + "---:|" * (len(keys) - 3))
-        for row in rows:
-            cells = [row.get(k) for k in keys]
-            cells = ["-" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells]
-            print("| " + " | ".join(cells) + " |")
-    if distributed:
-        dist.destroy_process_group()
+    args = parse_args(argv)
+    rank, _, _ = models.setup()
+    for path in args.samples:
+        if has_statistics(path) and not has_statistics(args.reference):
+            raise ValueError(f"{path}: has statistics of real images, and {args.reference} has "
+                             "none; the order is SAMPLES REFERENCE")
+    samples = [open_images(path) for path in args.samples]
+    shape = samples[0].shape
+    for images in samples:
+        if images.shape != shape:
+            raise ValueError(f"{images.name}: images of {images.shape}, but {shape} in "
+                             f"{samples[0].name}; score each size by itself")
+    reference = load_reference(args.reference, "digits" if shape == DIGIT else "inception",
+                               size=shape[0], weights=args.weights, batch=args.batch)
+    rows = []
+    for images in samples:
+        scores = evaluate(images, reference, batch=args.batch)
+        row = {"samples": images.name, "images": images.count, "labels": label_rule(images.name),
+               "FID": scores.pop("fid"), "sFID": scores.pop("sfid"), "IS": scores.pop("is")}
+        rows.append(row | scores)
+    if rank == 0:
+        if args.save_stats:
+            reference.save(args.save_stats)
+        print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)

@@ -1,0 +1,332 @@
+"""Checkpoints: ours, out and in; public files of DiT, SiT, REPA, MG, in; diffusers, out and in.
+
+    python checkpoints.py CKPT --to-diffusers DIR [--vae NAME]   # a DiT, for diffusers' DiTPipeline
+
+Ours is a dict: config (plain values), step, model, ema, optimizer (state dicts), log (the rows of
+log.csv), losses (since the last row), w (at this step), classes (names). No pickled code is run.
+"""
+import argparse
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+import models
+
+SHAPE = ("input_size", "in_channels", "num_classes", "scale_aware")
+
+
+# ---------------------------------------------------------------- files of a training run
+
+def previous(path):
+    """Where the checkpoint before the last one is kept: ckpt.pt -> ckpt-prev.pt."""
+    return Path(path).with_stem(f"{Path(path).stem}-prev")
+
+
+def save_checkpoint(path, state):
+    """Writes the dict, and keeps the file before it. At each moment one of the two is whole."""
+    with models.atomic(path) as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+        if Path(path).exists():
+            os.replace(path, previous(path))
+
+
+def read_checkpoint(path):
+    """The file's tensors and plain values, memory-mapped where possible. ValueError: one line."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        # The training scripts of DiT, SiT and REPA keep their flags as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it then refuses
+            state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state.keys()
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: not a checkpoint, or it has code, which is never run") from None
+    except Exception as e:  # noqa: BLE001  torch.load raises anything for a broken file
+        raise ValueError(f"{path}: truncated, or not a checkpoint ({type(e).__name__})") from None
+    return state
+
+
+def read_last(path, config, steps):
+    """What a run with this config goes on from: (checkpoint or None, lines to print, fell_back).
+
+    The file at path; where that can't be read, the one before it: fell_back.
+    ValueError: neither can be read, or it belongs to a run with other settings, or is beyond steps.
+    """
+    files = [file for file in (path, previous(path)) if file.exists()]
+    if not files:
+        return None, [], False
+    notes = []
+    try:
+        last = read_checkpoint(files[0])
+    except ValueError as e:
+        if len(files) == 1:
+            raise
+        last = read_checkpoint(files[1])
+        notes = [f"warning: {e}; going on from the one before it"]
+    saved = last.get("config")
+    if not isinstance(saved, dict) or "losses" not in last:
+        raise ValueError(f"--out {path.parent}: has a ckpt.pt of something else; give another")
+    for key in sorted(config.keys() | saved.keys()):
+        if saved.get(key) != config.get(key) and key != "vae":  # its path may differ
+            raise ValueError(
+                f"--out {path.parent} holds a run with {key} {saved.get(key)}, not "
+                f"{config.get(key)}: resume it with its own flags, or start a new run from it with "
+                f"--init {path} --out NEW")
+    if last["step"] > steps:
+        raise ValueError(f"--steps {steps}: the run in {path.parent} is at step {last['step']}")
+    return last, [*notes, f"resuming from step {last['step']}"], bool(notes)
+
+
+def initialize_from(path, name, shape):
+    """create_model(name, **shape) with a checkpoint's weights: (model, lines to print).
+
+    With other classes the label table starts anew, and so does an input for w. ValueError: the rest
+    doesn't fit.
+    """
+    source, config = load_checkpoint(path)
+    model = models.create_model(name, **shape)
+    state, notes = source.state_dict(), []
+    if source.num_classes != model.num_classes:
+        del state["y_embedder.embedding_table.weight"]
+        notes.append(f"warning: --init {path} has {source.num_classes} classes, not "
+                     f"{model.num_classes}: the label table starts anew")
+    elif config.get("num_labels") or config.get("drop") == 0:
+        notes.append(f"warning: --init {path} was trained without an empty class")
+    if notes:
+        notes.append("give --start-step N: guidance needs some plain training of the empty class")
+    fresh = model.state_dict()
+    odd = [key for key in fresh.keys() | state.keys() if key not in fresh or key not in state
+           or fresh[key].shape != state[key].shape]
+    odd = [key for key in odd if not key.startswith("y_embedder.")
+           and not (key.startswith("w_embedder.") and key in fresh)]
+    if odd or source.kind != model.kind:
+        raise ValueError(f"--init {path}: its {config['model']} for {source.in_channels}x"
+                         f"{source.input_size}x{source.input_size} doesn't fit {name} for "
+                         f"{model.in_channels}x{model.input_size}x{model.input_size}")
+    model.load_state_dict(fresh | state)
+    return model, notes
+
+
+# ---------------------------------------------------------------- any checkpoint -> a network
+
+def load_checkpoint(path, *, weights="ema", device="cpu"):
+    """A network in eval mode, and its config: model, kind, step, w, vae, classes, ...
+
+    path: our ckpt.pt; a public file of DiT, SiT, REPA or MG; a folder of diffusers' DiTPipeline.
+    weights: "ema" or "model". ValueError, in one line: missing, truncated, foreign or unsafe.
+    """
+    if Path(path).is_dir():
+        state, config = from_diffusers(Path(path))
+    else:
+        checkpoint = read_checkpoint(path)
+        if "config" in checkpoint:
+            if "losses" not in checkpoint:
+                raise ValueError(f"{path}: of an earlier version, which embedded t in another way; "
+                                 f"train it anew")
+            config, state = dict(checkpoint["config"]), checkpoint[weights]
+            config |= {key: checkpoint[key] for key in ("step", "w", "classes")}
+        else:
+            state, config = from_public(checkpoint, weights, Path(path))
+    try:
+        with torch.device("meta"):  # the initial weights would be overwritten at once
+            model = models.create_model(config["model"], **{key: config[key] for key in SHAPE})
+        model.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        line = str(e).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path}: not a whole checkpoint ({line[:200]})") from None
+    return model.float().to(device).eval().requires_grad_(True), config | {"kind": model.kind}
+
+
+def size_name(depth, width, heads, path):
+    """Which of models.SIZES it is; heads None: not known. ValueError: none."""
+    for name, size in models.SIZES.items():
+        if size[:2] == (depth, width) and heads in (None, size[2]):
+            return name
+    raise ValueError(f"{path}: no known size has {depth} blocks of width {width}"
+                     + (f" and {heads} heads" if heads else ""))
+
+
+def from_public(checkpoint, weights, path):
+    """The state dict and config of a public file. Its size is read from the tensors.
+
+    DiT's and SiT's files are bare state dicts; their training scripts write "model", "ema", "opt"
+    and "args"; REPA's and MG's files have "ema". REPA's and MG's SiT follow our convention, without
+    variance channels. SiT's own has them, its t' = 1 - t runs from noise to data, and its v' is -v.
+    Both are linear in a weight, so the weights are changed, here and nowhere else.
+    """
+    nested, flags = "ema" in checkpoint, checkpoint.get("args")
+    state = checkpoint.get(weights) if nested else checkpoint
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise ValueError(f"{path}: not a checkpoint with {weights} weights")
+    state = {key: x for key, x in state.items() if not key.startswith("projectors.")}  # REPA's
+    try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])
+        outputs = len(state["final_layer.linear.weight"]) // patch ** 2
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG") from None
+    path_type, prediction = getattr(flags, "path_type", "linear"), getattr(flags, "prediction", "v")
+    if path_type.lower() != "linear" or prediction not in ("v", "velocity"):
+        raise ValueError(f"{path}: trained with path {path_type} and prediction {prediction}; only "
+                         f"linear and velocity are known here")
+    depth = sum(key.endswith(".attn.qkv.weight") for key in state)
+    size = size_name(depth, width, None, path)
+    if outputs == channels:
+        kind = "SiT"
+    elif outputs == 2 * channels:
+        hint = f"{getattr(flags, 'model', '')} {path.name}".lower()
+        kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)]
+        if len(kinds) != 1:
+            raise ValueError(f"{path}: DiT's and SiT's files look alike; rename it, so that it has "
+                             f"exactly one of DiT and SiT in its name")
+        kind = kinds[0]
+    else:
+        raise ValueError(f"{path}: has {outputs} output channels for {channels} of the input; DiT "
+                         f"and SiT have as many, or twice as many")
+    if kind == "SiT" and outputs == 2 * channels:
+        cos, sin = state["t_embedder.mlp.0.weight"].float().chunk(2, 1)            # (D, 128) each
+        # With f(1-t) for the angle ft: cos f(1-t) = cos f cos ft + sin f sin ft, and
+        # sin f(1-t) = sin f cos ft - cos f sin ft.
+        f = models.frequencies()
+        turned = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
+        state["t_embedder.mlp.0.weight"] = torch.cat(turned, 1)
+        for key in "final_layer.linear.weight", "final_layer.linear.bias":
+            halves = state[key].unflatten(0, (patch ** 2, 2, channels))
+            state[key] = -halves[:, 0].flatten(0, 1)  # the second half was never trained
+    return state, {
+        "model": f"{kind}-{size}/{patch}", "input_size": round(tokens ** 0.5) * patch,
+        "in_channels": channels, "num_classes": rows - 1, "scale_aware": False,
+        "classes": [str(i) for i in range(rows - 1)], "w": None, "step": None,
+        "vae": "stabilityai/sd-vae-ft-ema" if channels == 4 else None}
+
+
+# ---------------------------------------------------------------- diffusers' DiTPipeline
+
+def layers(depth):
+    """Yields (our linear layer, its name in diffusers, which third of ours that is)."""
+    yield "x_embedder.proj", "pos_embed.proj", None
+    yield "final_layer.linear", "proj_out_2", None
+    yield "final_layer.adaLN_modulation.1", "proj_out_1", None
+    for i in range(depth):
+        ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+        for layer in 0, 2:  # diffusers keeps a copy in each block
+            embedder = f"norm1.emb.timestep_embedder.linear_{layer // 2 + 1}"
+            yield f"t_embedder.mlp.{layer}", f"{theirs}.{embedder}", None
+        yield f"{ours}.adaLN_modulation.1", f"{theirs}.norm1.linear", None
+        for third, name in enumerate(["to_q", "to_k", "to_v"]):
+            yield f"{ours}.attn.qkv", f"{theirs}.attn1.{name}", third
+        yield f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0", None
+        yield f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj", None
+        yield f"{ours}.mlp.fc2", f"{theirs}.ff.net.2", None
+
+
+TABLE = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
+USAGE = """\
+A DiT trained with Model-guidance. Call it with guidance_scale=1 (the default is 4, and takes label
+1000 for the empty class), and a number of steps that divides 1000:
+
+    pipe = DiTPipeline.from_pretrained("{folder}")
+    for block in pipe.transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    images = pipe(class_labels=[0], guidance_scale=1, num_inference_steps=250).images
+
+The loop sets the frequencies that the network was trained with, 10000^(-i/128). Without it
+diffusers takes 10000^(-i/127): the network sees other times, and draws other images.
+"""
+
+
+def to_diffusers(model, config, vae, folder):
+    """Writes a folder for diffusers.DiTPipeline, with DDIM as in sample.py. -> how to use it.
+
+    ValueError: not a DiT, or no VAE: DiTPipeline needs one.
+    """
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    folder = Path(folder)
+    if model.kind != "DiT" or model.scale_aware:
+        raise ValueError(f"--to-diffusers {folder}: DiTPipeline takes a DiT without an input for w")
+    if vae is None:
+        raise ValueError(f"--to-diffusers {folder}: DiTPipeline needs a VAE, and this checkpoint "
+                         f"works on pixels; give --vae")
+    if folder.exists():
+        raise ValueError(f"--to-diffusers {folder}: exists already; name a new folder")
+    state, depth, heads = model.state_dict(), len(model.blocks), model.blocks[0].heads
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=state["pos_embed"].shape[2] // heads,
+        in_channels=model.in_channels, out_channels=model.out_channels, num_layers=depth,
+        sample_size=model.input_size, patch_size=model.patch, norm_eps=1e-6,
+        num_embeds_ada_norm=model.num_classes)
+    new = {TABLE.format(i): state["y_embedder.embedding_table.weight"] for i in range(depth)}
+    for ours, theirs, third in layers(depth):
+        for part in "weight", "bias":
+            value = state[f"{ours}.{part}"]
+            new[f"{theirs}.{part}"] = value if third is None else value.chunk(3)[third]
+    transformer.load_state_dict(new)
+    betas = models.BETAS
+    scheduler = DDIMScheduler(len(betas), float(betas[0]), float(betas[-1]), "linear",
+                              clip_sample=False, timestep_spacing="trailing")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler).save_pretrained(temporary)
+    index = json.loads((temporary / "model_index.json").read_text())
+    index["id2label"] = dict(enumerate(config["classes"]))
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (temporary / "README.md").write_text(USAGE.format(folder=folder.name))
+    os.replace(temporary, folder)
+    return USAGE.format(folder=folder)
+
+
+def from_diffusers(folder):
+    """The state dict and config of a DiTPipeline's folder. ValueError: none, or incomplete."""
+    from diffusers import DiTTransformer2DModel
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+        transformer, info = DiTTransformer2DModel.from_pretrained(
+            folder / "transformer", use_safetensors=True, local_files_only=True,
+            low_cpu_mem_usage=False, output_loading_info=True)
+        names = index.get("id2label") or {}
+        named = {int(key): str(value) for key, value in names.items()}
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:
+        raise ValueError(f"{folder}: not a folder of diffusers' DiTPipeline "
+                         f"({str(e).strip().splitlines()[0][:200]})") from None
+    lacking = [*info["missing_keys"], *info["mismatched_keys"]]
+    if lacking:
+        raise ValueError(f"{folder}: incomplete, {lacking[0]} is missing or of another shape")
+    c, their_state = transformer.config, transformer.state_dict()
+    state = {"y_embedder.embedding_table.weight": their_state[TABLE.format(0)],
+             "pos_embed": models.position_embedding(transformer.inner_dim,
+                                                    c.sample_size // c.patch_size)}
+    for ours, theirs, third in layers(c.num_layers):
+        for part in "weight", "bias":
+            value = their_state[f"{theirs}.{part}"]
+            before = [state[f"{ours}.{part}"]] if third else []
+            state[f"{ours}.{part}"] = torch.cat([*before, value])
+    size = size_name(c.num_layers, transformer.inner_dim, c.num_attention_heads, folder)
+    return state, {
+        "model": f"DiT-{size}/{c.patch_size}", "input_size": c.sample_size,
+        "in_channels": c.in_channels, "num_classes": c.num_embeds_ada_norm, "scale_aware": False,
+        "classes": [named.get(i, str(i)) for i in range(c.num_embeds_ada_norm)],
+        "w": None, "step": None, "vae": str(folder / "vae") if (folder / "vae").is_dir() else None}
+
+
+def main(argv=None):
+    p = models.command_line(__doc__)
+    p.add_argument("checkpoint", metavar="CKPT", help="of a DiT: ours, or a public file")
+    p.add_argument("--to-diffusers", metavar="DIR", required=True, help="a new folder")
+    p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [trained with]")
+    args = p.parse_args(argv)
+    model, config = load_checkpoint(args.checkpoint)
+    name = args.vae or config["vae"]
+    vae = models.load_vae(name) if name else None
+    print(to_diffusers(model, config, vae, args.to_diffusers))
+
+
+if __name__ == "__main__":
+    models.run(main)

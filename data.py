@@ -1,0 +1,346 @@
+"""A folder of images -> an array, once; then the reader of that array, or of scikit-learn's digits.
+
+    python data.py imagenet/train --size 256 --out latents-256      # means and stds of latents
+    python data.py photos --size 64 --vae none --out photos-64      # pixels
+    torchrun --nproc-per-node 8 data.py imagenet/train --size 256 --out latents-256
+
+FOLDER holds one folder of images a class. Interrupted, the same command goes on where it was.
+"""
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import models
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class Data:
+    """The images that a run trains on: Data("digits"), or Data(DIR) of `python data.py`.
+
+    DIR/x.npy holds pixels, uint8 (N, H, W, 3), or latents, float16 (N, 2, 2, c, h, w): plain and
+    flipped (--no-flip: plain alone), mean and std. It is in the order of the classes.
+
+    kind: "digits", "pixels" or "latents"; shape: (C, H, W) of x0; classes: their names
+    labels: int64 (N,); images: the array, for pixels and digits uint8 (N, H, W, C)
+    source, size: the folder of images, and to how many pixels they were cropped
+    vae: the VAE's name, None for pixels; identity: what a resumed run compares
+    ValueError: one line that names --data.
+    """
+
+    def __init__(self, name):
+        if str(name) == "digits":
+            self.kind, self.flip, self.vae, self.source, self.size = "digits", False, None, None, 8
+            self.images, self.labels = digits()
+            self.classes, self.shape, self.identity = [*"0123456789"], (1, 8, 8), "digits"
+            return
+        if not is_prepared(name):
+            raise ValueError(f"--data {name}: neither digits nor prepared; to prepare images, run "
+                             f"python data.py FOLDER --size PIXELS --out DIR")
+        if Path(name, "done").exists():
+            raise ValueError(f"--data {name}: not complete; run its data.py command again")
+        info, self.images = read_info(name), open_array(name)
+        try:
+            self.kind, self.flip, self.classes = info["kind"], info["flip"], info["classes"]
+            self.vae, self.source, self.size = info["vae"], info["source"], info["size"]
+            self.labels = np.repeat(np.arange(len(self.classes)), info["counts"])
+            self.identity = [info[key] for key in ("files_sha256", "vae_sha256", "size", "flip")]
+        except KeyError:
+            raise ValueError(f"--data {name}: not a folder that data.py prepared") from None
+        self.shape = (3, self.size, self.size) if self.kind == "pixels" else self.images.shape[3:]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def index(self, seed, step, batch):
+        """The images of a step, (batch,) int64: each once an epoch, in an order drawn for it."""
+        n, i = len(self), torch.arange(step * batch, (step + 1) * batch)
+        epochs = range(int(i[0]) // n, int(i[-1]) // n + 1)
+        return torch.cat([epoch_order(seed, epoch, n)[i[i // n == epoch] % n] for epoch in epochs])
+
+    def get(self, index, flip=None, posterior=None):
+        """A batch: index (N,) int64, flip (N,) bool, posterior (N, C, H, W) normal draws.
+
+        -> x0 (N, C, H, W) float32, on the posterior's device if there is one, and y (N,) int64.
+        Where flip or posterior don't apply, or are None, they are ignored (latents: the mean).
+        """
+        index = np.asarray(index)
+        flip = np.zeros(len(index), bool) if flip is None or not self.flip else np.asarray(flip)
+        if self.kind == "latents":
+            x = self.images[index, flip.astype(int)]  # of plain and flipped, only this is read
+        else:
+            x = self.images[index]
+            x[flip] = x[flip, :, ::-1]
+        x, y = torch.from_numpy(x), torch.from_numpy(self.labels[index])
+        if posterior is not None and posterior.is_cuda:
+            x = x.pin_memory().to(posterior.device, non_blocking=True)
+        if self.kind != "latents":
+            return x.permute(0, 3, 1, 2) / 127.5 - 1, y
+        mean, std = x.float().unbind(1)
+        return (mean if posterior is None else mean + std * posterior), y
+
+
+@functools.lru_cache(2)
+def epoch_order(seed, epoch, n):
+    return torch.randperm(n, generator=models.generator(seed, 2, epoch))
+
+
+def digits():
+    """scikit-learn's 1,797 scans: uint8 (1797, 8, 8, 1), int64 (1797,)."""
+    from sklearn.datasets import load_digits
+    scans = load_digits()  # values 0..16
+    images = np.rint(scans.images * 255 / 16).astype(np.uint8)
+    return images[..., None], scans.target.astype(np.int64)
+
+
+# ---------------------------------------------------------------- images
+
+def read_image(path, size=None):
+    """An image file of any mode -> uint8 (H, W, 3). Alpha is dropped, as ADM does.
+
+    size: ADM's centre crop to (size, size, 3): halved by box filters, then bicubic.
+    ValueError names an unreadable file.
+    """
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                values = np.rint(np.asarray(image) / 257).clip(0, 255)
+                image = Image.fromarray(values.astype(np.uint8))
+            if image.mode == "P":  # a palette may hold transparency
+                image = image.convert("RGBA")
+            image = image.convert("RGB")
+    except Exception as e:  # noqa: BLE001  decoders raise anything
+        raise ValueError(f"{path}: unreadable image ({e}); remove or replace it") from None
+    if size is None:
+        return np.array(image)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    shape = round(image.width * scale), round(image.height * scale)
+    x = np.array(image.resize(shape, Image.BICUBIC))
+    top, left = (x.shape[0] - size) // 2, (x.shape[1] - size) // 2
+    return np.ascontiguousarray(x[top:top + size, left:left + size])
+
+
+def list_images(folder):
+    """All images below a folder, sorted; no folder twice, as links may lead back up."""
+    folder, found = Path(os.path.abspath(folder)), []
+    seen = {parent.resolve() for parent in folder.parents}
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = Path(root).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(root, name) for name in files
+                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found)
+
+
+def class_folders(folder):
+    """A folder with one folder of images a class -> (paths, labels, names of the classes), sorted.
+
+    ValueError: there is no such folder, or no images in folders of it.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder; give one that holds the class folders")
+    names = sorted(entry.name for entry in os.scandir(folder)
+                   if entry.is_dir() and not entry.name.startswith("."))
+    files = {name: list_images(os.path.join(folder, name)) for name in names}
+    classes = [name for name in names if files[name]]
+    if not classes:
+        raise ValueError(f"{folder}: no folders of images in it; give the folder above the classes")
+    paths = [path for name in classes for path in files[name]]
+    return paths, [label for label, name in enumerate(classes) for _ in files[name]], classes
+
+
+# ---------------------------------------------------------------- an array in a folder
+
+def is_prepared(path):
+    """Whether `python data.py` has written (or begun) this folder."""
+    return os.path.isfile(os.path.join(path, "data.json"))
+
+
+def read_info(folder):
+    """FOLDER/data.json as a dict. ValueError: it isn't one."""
+    try:
+        return dict(json.loads(Path(folder, "data.json").read_bytes()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder}: its data.json is damaged; delete the folder") from None
+
+
+def fill(folder, info, make, *, free=(), show=True):
+    """An array on disk, FOLDER/x.npy, of which each process makes a share. Resumes where it was.
+
+    info: what the values depend on, and "shape", "dtype"; kept as FOLDER/data.json.
+    make(rows): yields the values of these rows (int64), some consecutive ones at a time.
+    -> the array, memory-mapped. ValueError: FOLDER holds another info (but for keys in `free`), or
+    other files, or another process is writing it.
+    """
+    folder, (rank, world) = Path(folder), models.ranks()
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            begin(folder, json.loads(json.dumps(info)), free, lock)
+        models.barrier()
+        array, marks, mine = open_array(folder), folder / "done", []
+        if marks.exists():
+            missing = np.flatnonzero(np.fromfile(marks, np.uint8) == 0)
+            mine = np.array_split(missing, world)[rank]
+        models.barrier()  # every rank has seen what is missing
+        if len(mine):
+            # Written, not mapped: a full disk then is an error, not a signal.
+            file = stack.enter_context(open(folder / "x.npy", "r+b")).fileno()
+            marks = stack.enter_context(open(marks, "r+b")).fileno()
+            bar = tqdm(total=len(mine), unit="img", disable=rank > 0 or not show)
+            for values in make(mine):
+                rows, mine = mine[:len(values)].tolist(), mine[len(values):]
+                for row, value in zip(rows, values, strict=True):
+                    os.pwrite(file, value.tobytes(), array.offset + row * value.nbytes)
+                os.fsync(file)
+                for row in rows:  # not before the values are on the disk
+                    os.pwrite(marks, b"\1", row)
+                bar.update(len(rows))
+            bar.close()
+        models.barrier()
+        if rank == 0:
+            (folder / "done").unlink(missing_ok=True)
+        models.barrier()
+    return array
+
+
+def begin(folder, info, free, lock):
+    """Locks a folder for fill(), and makes what is missing in it: data.json, done, then x.npy."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # also ends with the process
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is writing it; let it end") from None
+    if is_prepared(folder):
+        saved = read_info(folder)
+        for key, value in info.items():
+            if saved.get(key) != value and key not in free:
+                raise ValueError(f"{folder} was made with another {key}: go on with the same flags "
+                                 f"and files, or delete it")
+    elif os.listdir(folder):
+        raise ValueError(f"{folder}: has other files in it; give a new or an empty folder")
+    with models.atomic(folder / "data.json") as f:
+        f.write(json.dumps(info, indent=1).encode() + b"\n")
+    if not (folder / "x.npy").exists():
+        header = {"descr": info["dtype"], "fortran_order": False, "shape": tuple(info["shape"])}
+        with models.atomic(folder / "done") as f:  # a byte a row
+            f.write(bytes(info["shape"][0]))
+        with models.atomic(folder / "x.npy") as f:
+            np.lib.format.write_array_header_1_0(f, header)
+            f.truncate(f.tell() + math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize)
+
+
+def open_array(folder):
+    """FOLDER/x.npy, memory-mapped. ValueError: it is missing, or not what data.json says."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        array = np.load(Path(folder, "x.npy"), mmap_mode="r")
+        if [*array.shape] == read_info(folder)["shape"]:
+            return array
+    raise ValueError(f"{folder}: its x.npy is missing or damaged; delete the folder")
+
+
+# ---------------------------------------------------------------- python data.py
+
+def describe(args, paths, labels, classes, vae):
+    """What DIR/data.json says. ValueError: a --size that doesn't fit the VAE."""
+    files, weights = hashlib.sha256(), hashlib.sha256()
+    for path in paths:
+        files.update(os.fsencode(os.path.relpath(path, args.folder)) + b"\0")
+    for path in paths[::math.ceil(len(paths) / 1000)]:  # to read 1.28 million takes too long
+        files.update(Path(path).read_bytes())
+    info = {"kind": "pixels", "shape": [len(paths), args.size, args.size, 3], "dtype": "|u1",
+            "size": args.size, "flip": not args.no_flip, "classes": classes,
+            "counts": np.bincount(labels).tolist(), "files_sha256": files.hexdigest(),
+            "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None}
+    if vae:
+        factor = models.vae_factor(vae)
+        if args.size % factor:
+            raise ValueError(f"--size {args.size}: must be a multiple of the VAE's {factor}")
+        for key, value in vae.state_dict().items():
+            weights.update(key.encode() + value.cpu().numpy().tobytes())
+        views, latent = 1 if args.no_flip else 2, args.size // factor
+        local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
+        info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": weights.hexdigest(),
+                 "shape": [len(paths), views, 2, vae.config.latent_channels, latent, latent],
+                 "vae": os.path.abspath(args.vae) if local else args.vae}
+    return info
+
+
+def read_ahead(paths, size, batch, workers):
+    """Yields uint8 (n, size, size, 3), up to `batch` images at a time; the next are being read."""
+    def submit(start):
+        return [pool.submit(read_image, path, size) for path in paths[start:start + batch]]
+    with ThreadPoolExecutor(workers) as pool:
+        reading = submit(0)
+        for start in range(0, len(paths), batch):
+            current, reading = reading, submit(start + batch)
+            yield np.stack([image.result() for image in current])
+
+
+@torch.no_grad()
+def encode_views(vae, images, flip):
+    """uint8 (n, H, W, 3) -> float16 (n, views, 2, c, h, w): plain and flipped; mean and std."""
+    x = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2) / 127.5 - 1
+    views = [x, x.flip(-1)] if flip else [x]
+    halves = [torch.stack(models.encode(vae, view), 1) for view in views]      # (n, 2, c, h, w)
+    return torch.stack(halves, 1).half().cpu().numpy()
+
+
+def parse_args(argv):
+    positive = models.number("[1, inf)", int)
+    p = models.command_line(__doc__)
+    p.add_argument("folder", metavar="FOLDER", help="holds one folder of images a class")
+    p.add_argument("--size", type=positive, required=True, metavar="PIXELS",
+                   help="images are cropped to this height and width")
+    p.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME",
+                   help="hub name or folder of an AutoencoderKL; none: pixels [%(default)s]")
+    p.add_argument("--no-flip", action="store_true", help="images must not be mirrored [off]")
+    p.add_argument("--batch", type=positive, default=64, metavar="N",
+                   help="images at a time, per process [%(default)s]")
+    p.add_argument("--workers", type=positive, default=min(16, os.cpu_count()), metavar="N",
+                   help="threads that read images, per process [%(default)s]")
+    p.add_argument("--out", required=True, metavar="DIR", help="a new folder, or one to go on with")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, _, device = models.setup()
+    paths, labels, classes = class_folders(args.folder)
+    vae = None if args.vae == "none" else models.load_vae(args.vae, device)
+    info = describe(args, paths, labels, classes, vae)
+    if rank == 0:
+        size = math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize
+        print(f"{args.folder}: {len(paths)} images of {len(classes)} classes, "
+              f"{min(info['counts'])} to {max(info['counts'])} each; {args.out} will have "
+              f"{size / 1e6:.1f} MB", flush=True)
+
+    def make(rows):
+        files = [paths[row] for row in rows]
+        for images in read_ahead(files, args.size, args.batch, args.workers):
+            yield encode_views(vae, images, info["flip"]) if vae else images
+    fill(args.out, info, make, free=("source", "vae"))
+    if rank == 0:
+        print(f"{args.out} is complete. Next: torchrun train_sit_mg.py --data {args.out}")
+
+
+if __name__ == "__main__":
+    models.run(main)
