@@ -103,12 +103,11 @@ def initialize_from(path, name, shape):
         notes.append(f"warning: --init {path} was trained without an empty class")
     if notes:
         notes.append("give --start-step N: guidance needs some plain training of the empty class")
-    fresh = model.state_dict()
-    odd = [key for key in fresh.keys() | state.keys() if key not in fresh or key not in state
-           or fresh[key].shape != state[key].shape]
-    odd = [key for key in odd if not key.startswith("y_embedder.")
-           and not (key.startswith("w_embedder.") and key in fresh)]
-    if odd or source.kind != model.kind:
+    fresh, renewable = model.state_dict(), ("y_embedder.", "w_embedder.")
+    unknown = [key for key in state if key not in fresh]
+    misfits = [key for key, value in fresh.items() if not key.startswith(renewable)
+               and (key not in state or state[key].shape != value.shape)]
+    if unknown or misfits or source.kind != model.kind:
         raise ValueError(f"--init {path}: its {config['model']} for {source.in_channels}x"
                          f"{source.input_size}x{source.input_size} doesn't fit {name} for "
                          f"{model.in_channels}x{model.input_size}x{model.input_size}")

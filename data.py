@@ -284,15 +284,23 @@ def describe(args, paths, labels, classes, vae):
     return info
 
 
-def read_ahead(paths, size, batch, workers):
-    """Yields uint8 (n, size, size, 3), up to `batch` images at a time; the next are being read."""
+def read_ahead(paths, size, batch, workers, shape=None):
+    """Yields uint8 (n, H, W, 3), up to `batch` images at a time, while the next are being read.
+
+    ValueError: an image that is not of this shape, (H, W, 3), if there is no size to crop it to.
+    """
     def submit(start):
         return [pool.submit(read_image, path, size) for path in paths[start:start + batch]]
     with ThreadPoolExecutor(workers) as pool:
         reading = submit(0)
         for start in range(0, len(paths), batch):
             current, reading = reading, submit(start + batch)
-            yield np.stack([image.result() for image in current])
+            images = [image.result() for image in current]
+            for path, image in zip(paths[start:], images, strict=False):
+                if shape not in (None, image.shape):
+                    raise ValueError(f"{path}: is {image.shape}, others of its folder are {shape}; "
+                                     f"make them one size")
+            yield np.stack(images)
 
 
 @torch.no_grad()

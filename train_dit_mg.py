@@ -105,7 +105,7 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null=None, guide=Non
     # ============================================ the same in train_dit_mg.py and train_sit_mg.py
     # 2. guide: the K samples that keep their label, have noise_time <= t_max and w != 1
     net, C, place = unwrap(model), x0.shape[1], dropped.device
-    w = torch.as_tensor(w, dtype=target.dtype).expand(len(x0))
+    w = torch.as_tensor(w, dtype=target.dtype).expand(len(x0)).contiguous()
     guided = ~dropped & (noise_time.to(place) <= t_max) & (w.to(place) != 1)
     if guide is not None:
         guided &= guide.to(place)
@@ -439,7 +439,7 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(losses)
             losses /= world
-        if not all(torch.stack([x.isfinite().all() for x in (losses, *ema_weights)])):
+        if not torch.stack([x.isfinite().all() for x in (losses, *ema_weights)]).all():
             raise ValueError(f"the loss or a weight is not finite at step {step}; the checkpoint "
                              f"before stays. Lower --lr or --w, give --clip, or use --dtype fp32")
         if logging:
