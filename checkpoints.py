@@ -1,4 +1,4 @@
-"""Checkpoints: ours, out and in; public files of DiT, SiT, REPA, MG, in; diffusers, out and in.
+"""Saves and loads our checkpoints, loads public ones, converts to and from diffusers.
 
     python checkpoints.py CKPT --to-diffusers DIR [--vae NAME]   # a DiT, for diffusers' DiTPipeline
 
@@ -33,7 +33,7 @@ def save_checkpoint(path, state):
     with models.atomic(path) as f:
         torch.save(state, f)
         f.flush()
-        os.fsync(f.fileno())
+        os.fsync(f.fileno())  # on the disk before the old one gives way
         if Path(path).exists():
             os.replace(path, previous(path))
 
@@ -70,8 +70,11 @@ def read_last(path, config, steps):
     except ValueError as e:
         if len(files) == 1:
             raise
-        last = read_checkpoint(files[1])
-        notes = [f"warning: {e}; going on from the one before it"]
+        try:
+            last = read_checkpoint(files[1])
+        except ValueError as e2:
+            raise ValueError(f"{e}; {e2}; delete both to start anew") from None
+        notes = [f"warning: {e}; resuming from the one before it"]
     saved = last.get("config")
     if not isinstance(saved, dict) or "losses" not in last:
         raise ValueError(f"--out {path.parent}: has a ckpt.pt of something else; give another")
@@ -79,8 +82,8 @@ def read_last(path, config, steps):
         if saved.get(key) != config.get(key) and key != "vae":  # its path may differ
             raise ValueError(
                 f"--out {path.parent} holds a run with {key} {saved.get(key)}, not "
-                f"{config.get(key)}: resume it with its own flags, or start a new run from it with "
-                f"--init {path} --out NEW")
+                f"{config.get(key)}: resume it with its own flags, give another --out, or start "
+                f"from its weights with --init {path} --out NEW")
     if last["step"] > steps:
         raise ValueError(f"--steps {steps}: the run in {path.parent} is at step {last['step']}")
     return last, [*notes, f"resuming from step {last['step']}"], bool(notes)
@@ -110,7 +113,8 @@ def initialize_from(path, name, shape):
     if unknown or misfits or source.kind != model.kind:
         raise ValueError(f"--init {path}: its {config['model']} for {source.in_channels}x"
                          f"{source.input_size}x{source.input_size} doesn't fit {name} for "
-                         f"{model.in_channels}x{model.input_size}x{model.input_size}")
+                         f"{model.in_channels}x{model.input_size}x{model.input_size} "
+                         f"({[*unknown, *misfits, 'kind'][0]})")
     model.load_state_dict(fresh | state)
     return model, notes
 
@@ -123,25 +127,28 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
     path: our ckpt.pt; a public file of DiT, SiT, REPA or MG; a folder of diffusers' DiTPipeline.
     weights: "ema" or "model". ValueError, in one line: missing, truncated, foreign or unsafe.
     """
-    if Path(path).is_dir():
-        state, config = from_diffusers(Path(path))
+    path = Path(path)
+    if (path / "ckpt.pt").exists():  # the folder of a run
+        path = path / "ckpt.pt"
+    if path.is_dir():
+        state, config = from_diffusers(path)
     else:
-        checkpoint = read_checkpoint(path)
-        if "config" in checkpoint:
-            if "losses" not in checkpoint:
-                raise ValueError(f"{path}: of an earlier version, which embedded t in another way; "
-                                 f"train it anew")
-            config, state = dict(checkpoint["config"]), checkpoint[weights]
-            config |= {key: checkpoint[key] for key in ("step", "w", "classes")}
-        else:
-            state, config = from_public(checkpoint, weights, Path(path))
+        state = read_checkpoint(path)
+        if "config" not in state:
+            state, config = from_public(state, weights, path)
+        elif "freq_divisor" in str(state["config"]):
+            raise ValueError(f"{path}: of the first version, which embedded t otherwise; train it "
+                             f"anew")
     try:
+        if "config" in state:
+            config = state["config"] | {key: state[key] for key in ("step", "w", "classes")}
+            state = state[weights]
         with torch.device("meta"):  # the initial weights would be overwritten at once
             model = models.create_model(config["model"], **{key: config[key] for key in SHAPE})
         model.load_state_dict(state, assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         line = str(e).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path}: not a whole checkpoint ({line[:200]})") from None
+        raise ValueError(f"{path}: not a whole checkpoint of ours ({line[:200]})") from None
     return model.float().to(device).eval().requires_grad_(True), config | {"kind": model.kind}
 
 
@@ -264,10 +271,14 @@ def to_diffusers(model, config, vae, folder):
         sample_size=model.input_size, patch_size=model.patch, norm_eps=1e-6,
         num_embeds_ada_norm=model.num_classes)
     new = {TABLE.format(i): state["y_embedder.embedding_table.weight"] for i in range(depth)}
+    rest = state.keys() - {"y_embedder.embedding_table.weight", "pos_embed"}
     for ours, theirs, third in layers(depth):
         for part in "weight", "bias":
             value = state[f"{ours}.{part}"]
             new[f"{theirs}.{part}"] = value if third is None else value.chunk(3)[third]
+            rest -= {f"{ours}.{part}"}
+    if rest:
+        raise ValueError(f"--to-diffusers {folder}: diffusers' DiT has no {min(rest)}")
     transformer.load_state_dict(new)
     betas = models.BETAS
     scheduler = DDIMScheduler(len(betas), float(betas[0]), float(betas[-1]), "linear",

@@ -7,7 +7,6 @@
 FOLDER holds one folder of images a class. Interrupted, the same command goes on where it was.
 """
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -47,14 +46,14 @@ class Data:
         if not is_prepared(name):
             raise ValueError(f"--data {name}: neither digits nor prepared; to prepare images, run "
                              f"python data.py FOLDER --size PIXELS --out DIR")
-        if Path(name, "done").exists():
+        if Path(name, "progress").exists():
             raise ValueError(f"--data {name}: not complete; run its data.py command again")
         info, self.images = read_info(name), open_array(name)
         try:
             self.kind, self.flip, self.classes = info["kind"], info["flip"], info["classes"]
             self.vae, self.source, self.size = info["vae"], info["source"], info["size"]
             self.labels = np.repeat(np.arange(len(self.classes)), info["counts"])
-            self.identity = [info[key] for key in ("files_sha256", "vae_sha256", "size", "flip")]
+            self.identity = [info[key] for key in ("images_sha256", "vae_sha256", "size", "flip")]
         except KeyError:
             raise ValueError(f"--data {name}: not a folder that data.py prepared") from None
         self.shape = (3, self.size, self.size) if self.kind == "pixels" else self.images.shape[3:]
@@ -77,7 +76,7 @@ class Data:
         index = np.asarray(index)
         flip = np.zeros(len(index), bool) if flip is None or not self.flip else np.asarray(flip)
         if self.kind == "latents":
-            x = self.images[index, flip.astype(int)]  # of plain and flipped, only this is read
+            x = self.images[index, flip.astype(int)]  # reads only the chosen view
         else:
             x = self.images[index]
             x[flip] = x[flip, :, ::-1]
@@ -121,7 +120,8 @@ def read_image(path, size=None):
                 image = image.convert("RGBA")
             image = image.convert("RGB")
     except Exception as e:  # noqa: BLE001  decoders raise anything
-        raise ValueError(f"{path}: unreadable image ({e}); remove or replace it") from None
+        raise ValueError(f"{path}: unreadable image ({e}); replace it, or remove it and "
+                         f"begin anew") from None
     if size is None:
         return np.array(image)
     while min(image.size) >= 2 * size:
@@ -190,58 +190,58 @@ def fill(folder, info, make, *, free=(), show=True):
     other files, or another process is writing it.
     """
     folder, (rank, world) = Path(folder), models.ranks()
-    with contextlib.ExitStack() as stack:
+    with models.locked(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, lock)
-            begin(folder, json.loads(json.dumps(info)), free, lock)
+            begin(folder, json.loads(json.dumps(info)), free)
         models.barrier()
-        array, marks, mine = open_array(folder), folder / "done", []
-        if marks.exists():
-            missing = np.flatnonzero(np.fromfile(marks, np.uint8) == 0)
+        array, progress, mine = open_array(folder), folder / "progress", []
+        if progress.exists():
+            missing = np.flatnonzero(np.fromfile(progress, np.uint8) == 0)
             mine = np.array_split(missing, world)[rank]
         models.barrier()  # every rank has seen what is missing
         if len(mine):
-            # Written, not mapped: a full disk then is an error, not a signal.
-            file = stack.enter_context(open(folder / "x.npy", "r+b")).fileno()
-            marks = stack.enter_context(open(marks, "r+b")).fileno()
-            bar = tqdm(total=len(mine), unit="img", disable=rank > 0 or not show)
-            for values in make(mine):
-                rows, mine = mine[:len(values)].tolist(), mine[len(values):]
-                for row, value in zip(rows, values, strict=True):
-                    os.pwrite(file, value.tobytes(), array.offset + row * value.nbytes)
-                os.fsync(file)
-                for row in rows:  # not before the values are on the disk
-                    os.pwrite(marks, b"\1", row)
-                bar.update(len(rows))
-            bar.close()
+            with (open(folder / "x.npy", "r+b") as file, open(progress, "r+b") as marks,
+                  tqdm(total=len(mine), unit="img", disable=rank > 0 or not show) as bar):
+                for values in make(mine):
+                    rows, mine = mine[:len(values)].tolist(), mine[len(values):]
+                    for row, value in zip(rows, values, strict=True):
+                        # Written, not mapped: a full disk then is an error, not a signal.
+                        position = array.offset + row * value.nbytes
+                        os.pwrite(file.fileno(), value.tobytes(), position)
+                    os.fsync(file.fileno())
+                    for row in rows:  # not before the values are on the disk
+                        os.pwrite(marks.fileno(), b"\1", row)
+                    bar.update(len(rows))
         models.barrier()
         if rank == 0:
-            (folder / "done").unlink(missing_ok=True)
+            progress.unlink(missing_ok=True)
         models.barrier()
     return array
 
 
-def begin(folder, info, free, lock):
-    """Locks a folder for fill(), and makes what is missing in it: data.json, done, then x.npy."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # also ends with the process
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is writing it; let it end") from None
+def begin(folder, info, free):
+    """Makes what is missing in a folder of fill(): data.json, progress, then x.npy.
+
+    ValueError: it holds rows that were made with another info, or other files.
+    """
+    progress = folder / "progress"
     if is_prepared(folder):
         saved = read_info(folder)
-        for key, value in info.items():
-            if saved.get(key) != value and key not in free:
-                raise ValueError(f"{folder} was made with another {key}: go on with the same flags "
-                                 f"and files, or delete it")
+        other = [key for key in info if saved.get(key) != info[key] and key not in free]
+        untouched = progress.exists() and not any(progress.read_bytes())
+        if other and untouched:
+            for path in progress, folder / "x.npy":
+                path.unlink(missing_ok=True)
+        elif other:
+            raise ValueError(f"{folder} was made with another {other[0]}: use the same flags and "
+                             f"files to resume, or delete it")
     elif os.listdir(folder):
         raise ValueError(f"{folder}: has other files in it; give a new or an empty folder")
     with models.atomic(folder / "data.json") as f:
         f.write(json.dumps(info, indent=1).encode() + b"\n")
     if not (folder / "x.npy").exists():
         header = {"descr": info["dtype"], "fortran_order": False, "shape": tuple(info["shape"])}
-        with models.atomic(folder / "done") as f:  # a byte a row
+        with models.atomic(progress) as f:  # a byte per row
             f.write(bytes(info["shape"][0]))
         with models.atomic(folder / "x.npy") as f:
             np.lib.format.write_array_header_1_0(f, header)
@@ -268,7 +268,7 @@ def describe(args, paths, labels, classes, vae):
         files.update(Path(path).read_bytes())
     info = {"kind": "pixels", "shape": [len(paths), args.size, args.size, 3], "dtype": "|u1",
             "size": args.size, "flip": not args.no_flip, "classes": classes,
-            "counts": np.bincount(labels).tolist(), "files_sha256": files.hexdigest(),
+            "counts": np.bincount(labels).tolist(), "images_sha256": files.hexdigest(),
             "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None}
     if vae:
         factor = models.vae_factor(vae)

@@ -5,6 +5,7 @@
 import argparse
 import contextlib
 import datetime
+import fcntl
 import functools
 import math
 import os
@@ -268,7 +269,7 @@ def setup():
     if "RANK" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # One rank may work alone for hours (evaluation, files); torchrun sees a dead one at once.
+        # One rank may work alone for hours (evaluation, files); torchrun detects a dead one.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                 timeout=datetime.timedelta(days=7))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -289,22 +290,26 @@ def barrier():
 def run(main):
     """Calls a script's main(); reports a ValueError or OSError in one line, with exit status 2.
 
-    Under torchrun rank 0 speaks first, and torchrun ends the others. Where a rank has left, the
-    collectives of its peers fail with a RuntimeError, which says nothing new.
+    Under torchrun rank 0 speaks first, and torchrun then ends the others. When one rank exits, the
+    collectives of its peers fail too, so they speak last.
     """
-    status = 0
+    rank, status, line = int(os.environ.get("RANK", "0")), 0, None
     try:
         main()
     except SystemExit as e:
         status = e.code
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted; run the same command to resume"
     except (ValueError, OSError) as e:
-        time.sleep(3 if int(os.environ.get("RANK", "0")) else 0)
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        status = 2
+        time.sleep(3 if rank else 0)
+        status, line = 2, str(e)
     except RuntimeError as e:
         if "RANK" not in os.environ or not ("gloo" in str(e) or isinstance(e, dist.DistError)):
             raise
-        status = 1
+        time.sleep(6)
+        status, line = 1, f"rank {rank} lost the others: {e}"
+    if line:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(line.split())}", file=sys.stderr)
     if "RANK" not in os.environ:
         sys.exit(status)
     sys.stdout.flush()
@@ -316,6 +321,35 @@ def generator(*numbers, device="cpu"):
     """A random generator that is a function of whole numbers, such as (seed, step)."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder that only this process writes, inside; one that stays empty goes again.
+
+    ValueError: another process is writing it, or it is a file.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{folder}: must be a folder, and is (in) a file") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing it; let it end, or give "
+                             f"another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(lock)  # which also ends the lock
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
 
 @contextlib.contextmanager

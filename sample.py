@@ -1,4 +1,4 @@
-"""Draws from a checkpoint: ours, a public file of DiT, SiT, REPA or MG, or a DiTPipeline's folder.
+"""Samples images from a checkpoint: ours, DiT's, SiT's, REPA's, MG's, or a DiTPipeline's.
 
     python sample.py CKPT --labels 3 7 --out grid.png
     torchrun sample.py CKPT --num-samples 50000 --class-labels balanced --out samples.npz
@@ -8,7 +8,7 @@ v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps. Guidance scale 1
 (here, two passes a step) and --w (trained, one pass). Label num_classes is the empty class. Images
 are NCHW in [-1, 1]; latents are the VAE's times its scaling_factor.
 
-Interrupted, the same command goes on where it was.
+Interrupted, the same command resumes.
 """
 import hashlib
 import itertools
@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -190,18 +191,18 @@ def balanced(num, classes):
 
 
 def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="fp32", columns=10,
-                  go_on=True, **options):
+                  resume=True, **options):
     """Draws image i for labels[i] from seed * 2^32 + i, in all processes, into a .png or .npz.
 
     labels: int64 (num,), on the CPU; batch: images at a time, per process; options: generate()'s.
-    Beside it, PATH.json records how it was made: `record`, and what is known here. Interrupted, it
-    goes on; not with go_on=False. ValueError: PATH.parts is of another interrupted run.
+    Beside it, PATH.json records how it was made: `record` and the sampling options. Interrupted, it
+    resumes, unless resume=False. ValueError: PATH.parts is of another interrupted run.
     """
     (rank, _), parts, weights = models.ranks(), f"{path}.parts", hashlib.sha256()
     if rank == 0:
         for value in model.state_dict().values():
             weights.update(value.cpu().numpy().tobytes())
-        if not go_on:
+        if not resume:
             shutil.rmtree(parts, ignore_errors=True)
     size, channels = model.input_size, model.in_channels
     if vae:
@@ -218,7 +219,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
             yield images.numpy()
     info = record | {"labels": labels.tolist(), "dtype": "|u1",
                      "shape": [len(labels), size, size, channels]}
-    images = fill(parts, info, make, show=go_on)
+    images = fill(parts, info, make, show=resume)
     if rank == 0:
         if str(path).endswith(".png"):
             save_grid(images, path, columns)
@@ -314,6 +315,10 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if not args.out.endswith((".png", ".npz")):
         p.error(f"--out {args.out}: must end in .png or .npz")
+    if Path(args.out).is_dir():
+        p.error(f"--out {args.out}: is a folder")
+    if args.interval != [0.0, 1.0] and args.cfg == 1:
+        p.error("--interval: is where --cfg acts; give --cfg")
     if args.labels and args.class_labels:
         p.error(f"--class-labels {args.class_labels}: not together with --labels")
     if args.interval[0] >= args.interval[1]:
@@ -361,6 +366,9 @@ def main(argv=None):
     if vae and vae.config.latent_channels != model.in_channels:
         raise ValueError(f"--vae {vae_name}: has {vae.config.latent_channels} channels, and this "
                          f"checkpoint {model.in_channels}")
+    if rank == 0 and args.cfg != 1 and config.get("drop") == 0:
+        print(f"warning: {args.checkpoint} was trained with --drop 0: CFG needs the empty class",
+              file=sys.stderr)
     if rank == 0 and args.w is not None and config.get("w_range"):
         low, high = config["w_range"]
         if not (low <= args.w <= high or args.w == 1):

@@ -460,6 +460,11 @@ def test_online_mg_is_gft():
         torch.testing.assert_close(c, beta * a, rtol=1e-6, atol=1e-9)
 
 
+def test_share_needs_guide():
+    with pytest.raises(ValueError, match="guide"):
+        train_sit_mg.mg_loss(random_model(), None, w=1.5, share=0.5, **batch())
+
+
 class Table(nn.Module):
     """One free output for each label: what a network that can fit everything converges to."""
     num_classes = 2
@@ -763,7 +768,8 @@ def test_the_decoder_runs_in_fp32(tmp_path):
     (["--labels", "1", "--class-labels", "random"], "--class-labels random"),
     (["--out", "x.jpg"], "--out x.jpg"), (["--steps", "0"], "--steps: 0"),
     (["--cfg", "nan"], "--cfg: nan"), (["--interval", "0.5", "0.5"], "--interval"),
-    (["--interval", "0", "2"], "--interval: 2"), (["--sampler", "ddpm"], "takes euler-maruyama"),
+    (["--interval", "0", "2"], "--interval: 2"),
+    (["--interval", "0", "0.5"], "give --cfg"), (["--sampler", "ddpm"], "takes euler-maruyama"),
     (["--sampler", "magic"], "--sampler"), (["--w", "2"], "--w 2.0: this checkpoint"),
     (["--vae", "nowhere"], "--vae nowhere"), (["--seed", "-1"], "--seed"),
     (["--num", "3"], "--num")])
@@ -807,11 +813,13 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     lacking = torch.load(checkpoint, weights_only=True)
     del lacking["ema"]["blocks.2.mlp.fc1.bias"]
     torch.save(lacking, tmp_path / "lacking.pt")
+    torch.save({"config": {"n_layer": 3}, "model": {}}, tmp_path / "nano.pt")
     (tmp_path / "folder").mkdir()
     for name, says in (("cut", "truncated"), ("text", "not a checkpoint"), ("none", "no such"),
                        ("list", "not a checkpoint"), ("other", "not a checkpoint"),
-                       ("evil", "never run"), ("old", "earlier version"),
-                       ("lacking", "blocks.2.mlp.fc1.bias"), ("folder", "DiTPipeline")):
+                       ("evil", "never run"), ("old", "first version"),
+                       ("lacking", "blocks.2.mlp.fc1.bias"), ("folder", "DiTPipeline"),
+                       ("nano", "not a whole checkpoint")):
         path = tmp_path / (name if name == "folder" else f"{name}.pt")
         line = error(lambda path=path: load_checkpoint(path))
         assert says in line and str(path) in line
@@ -1034,7 +1042,7 @@ def test_data_refuses(tmp_path):
     assert "another shape" in refused(folder, "--size", 8, *flags[3:])
     assert "another flip" in refused(*flags, "--no-flip")
     (folder / "class0" / "0.png").write_bytes((folder / "class0" / "2.png").read_bytes())
-    assert "another files_sha256" in refused(*flags)
+    assert "another images_sha256" in refused(*flags)
     assert "neither digits nor prepared" in error(lambda: data.Data(folder))
     os.truncate(out / "x.npy", 300)
     assert "x.npy is missing or damaged" in error(lambda: data.Data(out))
@@ -1185,7 +1193,8 @@ def test_the_checkpoint_before_is_used_where_the_last_is_broken(tmp_path, capsys
     assert "warning" in capsys.readouterr().out
     for name in "ckpt.pt", "ckpt-prev.pt":
         os.truncate(tmp_path / name, 1000)
-    assert "truncated" in error(lambda: train("SiT", tmp_path, "--steps", 9))
+    line = error(lambda: train("SiT", tmp_path, "--steps", 9))
+    assert "ckpt.pt: truncated" in line and "ckpt-prev.pt: truncated" in line
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -1317,6 +1326,8 @@ def test_init(tmp_path, capsys):
     for name in "model", "ema":
         same(run[name], state, {"rtol": 0, "atol": 1e-6})
     assert run["log"][0]["w"] == pytest.approx(1 + 0.5 * 3 / 1000)
+    assert "with ramp 1000, not 0" in error(
+        lambda: train("SiT", tmp_path / "a", "--steps", 4, "--lr", 1e-12))
     assert "empty class" not in capsys.readouterr().out
     five = save_random(tmp_path / "5.pt", random_model(num_classes=5), "SiT-T/2", drop=0.1)
     run = train("SiT", tmp_path / "b", "--init", five, "--steps", 1, "--lr", 1e-12)
@@ -1360,7 +1371,8 @@ def test_training_on_images_of_ones_own(vae, tmp_path, inception_file):
     (["--ema", "1"], "--ema: 1"), (["--lr", "0"], "--lr: 0"), (["--model", "X"], "--model X"),
     (["--model", "DiT-T/2"], "trains a SiT"), (["--w-range", "3", "1"], "--w-range"),
     (["--w-range", "1", "3", "--w", "1.5"], "--w-range"), (["--batch", "9", "--accum", "2"], "9"),
-    (["--num-labels", "10"], "below the 10 classes"), (["--eval-samples", "3"], "--eval-samples 3"),
+    (["--num-labels", "10"], "needs more classes than 10"),
+    (["--eval-samples", "3"], "--eval-samples 3"),
     (["--num-labels", "2", "--drop", "0.1"], "--num-labels"), (["--w", "auto"], "--eval-every"),
     (["--num-labels", "2", "--w", "auto"], "--num-labels"), (["--star", "1"], "--star"),
     (["--data", "nowhere"], "--data nowhere"), (["--init", "nowhere.pt"], "nowhere.pt: no such")])
@@ -1379,6 +1391,14 @@ def test_changed_settings_are_refused(tmp_path):
         "SiT", tmp_path, "--steps", 5, "--accum", 2)["step"] == 5
     torch.save({"config": 3}, tmp_path / "ckpt.pt")
     assert "something else" in error(lambda: train("SiT", tmp_path))
+
+
+def test_one_run_at_a_time(tmp_path):
+    with models.locked(tmp_path / "a"):
+        assert "another process is writing it" in error(lambda: train("SiT", tmp_path / "a"))
+    assert not (tmp_path / "a").exists()  # it was empty
+    (tmp_path / "file").touch()
+    assert "must be a folder" in error(lambda: train("SiT", tmp_path / "file"))
 
 
 def test_what_a_run_says_first(capsys, tmp_path):
@@ -1449,8 +1469,10 @@ def test_scale_aware_draws(tmp_path, monkeypatch):
 
 
 def test_plain_training_comes_first(tmp_path, monkeypatch):
-    seen = spied(monkeypatch, tmp_path, "--start-step", 2, "--steps", 4)
+    seen = spied(monkeypatch, tmp_path, "--start-step", 2, "--steps", 4, "--log-every", 1)
     assert [args[1] is None for args, _ in seen] == [True, True, False, False]
+    with open(tmp_path / "log.csv") as f:
+        assert [row["w"] for row in csv.DictReader(f)] == ["1.0", "1.0", "1.5", "1.5"]
 
 
 def test_the_average_follows_the_weights(tmp_path):
@@ -1890,7 +1912,6 @@ def test_prepared_folders_keep_their_statistics(tmp_path, inception_file, monkey
 
 BAD = {
     "good.npz": "REFERENCE",
-    "digits good.npz": "digits: real images; the order is SAMPLES REFERENCE",
     "nowhere.npz digits": "nowhere.npz: ",
     "good.npz digits --batch 0": "--batch",
     "good.npz digits --weights good.npz": "--weights",
@@ -1907,7 +1928,7 @@ BAD = {
     "good.npz color.npz": "digits features",
     "color.npz digits": "inception features",
     "good.npz large.npz digits": "large.npz",
-    "digits good.npz": "digits",
+    "digits good.npz": "digits: real images; the order is SAMPLES REFERENCE",
 }
 
 

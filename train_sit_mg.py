@@ -52,11 +52,12 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null=None, guide=Non
     dropped (N,) bool: who gets the empty condition and the plain target. If your own code drops
         labels too, they are dropped twice: turn that off, but keep its empty class.
     null: the empty condition, broadcast over the batch; None: the label model.num_classes.
-    guide (N,) bool, share: who gets the guidance term, and the share of them; None: all.
+    guide (N,) bool, share: which samples get the guidance term, and the probability of that;
+        None: all of them.
     t_max: guide only at noise times up to this, 0 to 1.
     others (N, L): L labels, distinct and not y, in place of the empty condition (Eq. 23).
     """
-    def move(draw):  # from pinned memory: nothing waits for the GPU where the draws are on the CPU
+    def move(draw):  # via pinned memory, so that CPU draws are copied without synchronising
         draw = draw.pin_memory() if x0.is_cuda and not draw.is_cuda else draw
         return draw.to(x0.device, non_blocking=True)
 
@@ -73,6 +74,8 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null=None, guide=Non
 
     # ============================================ the same in train_dit_mg.py and train_sit_mg.py
     # 2. guide: the K samples that keep their label, have noise_time <= t_max and w != 1
+    if share != 1 and guide is None:
+        raise ValueError("share needs guide, the samples that get the term")
     net, C, place = unwrap(model), x0.shape[1], dropped.device
     w = torch.as_tensor(w, dtype=target.dtype).expand(len(x0)).contiguous()
     guided = ~dropped & (noise_time.to(place) <= t_max) & (w.to(place) != 1)
@@ -85,9 +88,9 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null=None, guide=Non
     scale_aware = getattr(net, "scale_aware", False)
     out = model(x_t, t, label, *([torch.where(dropped, 0, w)] if scale_aware else []))
 
-    def teach(label, scale):
+    def teach(condition, scale):  # not through DDP: it would wait for the other processes
         scales = [torch.full_like(w[k], scale)] if scale_aware else []
-        return getattr(teacher, "module", teacher)(x_t[k], t[k], label, *scales)[:, :C]
+        return getattr(teacher, "module", teacher)(x_t[k], t[k], condition, *scales)[:, :C]
 
     if teacher is not None and len(k):
         with torch.no_grad():                                                      # sg(.)
@@ -97,8 +100,8 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null=None, guide=Non
                 uncond = teach(null.expand_as(y)[k], 0)                            # 0: Eq. 22
             else:
                 uncond = sum(teach(other, 1) for other in move(others)[k].T) / others.shape[1]
-            # The loss is quadratic, so that only the target's mean matters: given to a share of
-            # the samples and divided by it, the guidance term has the same fixed point.
+            # The minimiser of a squared loss depends only on the target's mean: guiding a random
+            # share of the samples, scaled by 1/share, keeps that mean.
             strength = ((w[k] - 1) / share).view(-1, 1, 1, 1)
             target[k] += strength * (cond.to(target.dtype) - uncond.to(target.dtype))  # 18, 20, 22
 
@@ -123,7 +126,7 @@ PRESETS = {  # by the kind of --data
         "save_every": 10_000, "log_every": 100},
 }
 AUTO_CFG, AUTO_RATE, AUTO_MAX = 1.1, 0.1, 1.9  # --w auto: CFG on top; moving average; its ceiling
-DRAWN = 0.2  # --w-range: share of a batch that draws a scale; the rest is at 1 (the authors)
+DRAWN = 0.2  # --w-range: share of all samples that draw a scale; the rest is at 1 (the authors)
 RAMP = 1000  # --init: steps over which w ramps up
 # Flags that may differ when a run is resumed: they don't change what is trained.
 FREE = ["data", "init", "steps", "accum", "compile", "recompute", "eval_batch", "save_every",
@@ -138,17 +141,18 @@ def parse_args(argv):
 
     def scale(text):
         return text if text in ("auto", "auto-paper") else number()(text)
+    scale.__name__ = "number, auto or auto-paper"
     rows = ["preset by the kind of --data: " + "".join(f"{kind:10}" for kind in PRESETS)]
     for key in PRESETS["digits"]:
         values = "".join(f"{preset[key]!s:10}" for preset in PRESETS.values())
         rows.append(f"  --{key.replace('_', '-'):26} {values}")
     p = models.command_line("\n".join([__doc__, *rows]))
     add = p.add_argument_group("guidance").add_argument
-    add("--w", type=scale, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w); auto: raised "
-        "where CFG on top improves an evaluation; auto-paper: where one got worse [1.5]")
+    add("--w", type=scale, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w); auto: raise w "
+        "when extra CFG lowers FID, auto-paper: when FID rose since the last evaluation [1.5]")
     add("--w-range", type=number("[1, inf)"), nargs=2, metavar=("LO", "HI"),
         help="in place of --w: a scale-aware network, sampled with --w (Eq. 21) [off]")
-    add("--drop", type=number("[0, 1)"), help="share that trains the empty class [0.1]")
+    add("--drop", type=number("[0, 1)"), help="label dropout probability [0.1]")
     add("--t-max", type=number("[0, 1]"), default=1.0,
         help="guide up to this noise time; the authors: 0.75 [%(default)s]")
     add("--start-step", type=count, default=0, metavar="N",
@@ -162,15 +166,16 @@ def parse_args(argv):
     add = p.add_argument_group("training").add_argument
     add("--data", default="digits", help="digits, or a folder made by data.py [%(default)s]")
     add("--model", help=f"{KIND}-{{T,S,B,L,XL}}/{{2,4,8}} [preset]")
-    add("--init", metavar="CKPT", help="start from the weights of a checkpoint [random]")
+    add("--init", metavar="CKPT",
+        help=f"start from these weights; w then ramps up over {RAMP} steps [random]")
     add("--steps", type=positive, metavar="N", help="training steps in all [preset]")
-    add("--batch", type=positive, metavar="N", help="images a step, over all processes [preset]")
+    add("--batch", type=positive, metavar="N", help="global batch size [preset]")
     add("--accum", type=positive, metavar="N", default=1,
         help="gradient-accumulation steps [%(default)s]")
     add("--lr", type=number("(0, inf)"), help="learning rate of AdamW, constant [preset]")
     add("--ema", type=number("[0, 1)"), help="decay of the moving average, a step [preset]")
     add("--clip", type=number("(0, inf)"), help="clip the gradient norm [off]")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the passes [%(default)s]")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="autocast [%(default)s]")
     add("--compile", action="store_true", help="torch.compile the network and its teacher [off]")
     add("--recompute", action="store_true", help="activation checkpointing [off]")
     add("--seed", type=number("[0, 2147483647]", int), default=0, help="of all draws [%(default)s]")
@@ -178,12 +183,12 @@ def parse_args(argv):
     add("--eval-every", type=count, metavar="N", help="steps; 0: only at the end [preset]")
     add("--eval-samples", type=count, metavar="N", help="0: only draw samples.png [preset]")
     add("--eval-steps", type=positive, metavar="N", help="sampling steps [preset]")
-    add("--eval-batch", type=positive, metavar="N", help="drawn at a time, per process [preset]")
+    add("--eval-batch", type=positive, metavar="N", help="sampling batch size per process [preset]")
     add("--reference", metavar="FILE", help="score against this [the images of --data]")
     add("--weights", metavar="FILE", help="Inception's weights [downloaded]")
     add("--save-every", type=count, metavar="N", help="steps; 0: only at the end [preset]")
     add("--log-every", type=positive, metavar="N", help="steps [preset]")
-    add("--out", metavar="DIR", help="for all that is written [out/MODEL-DATA-wW]")
+    add("--out", metavar="DIR", help="output folder [out/MODEL-DATA-wW]")
     args = p.parse_args(argv)
     data = Data(args.data)
     for key, value in PRESETS[data.kind].items():
@@ -193,10 +198,10 @@ def parse_args(argv):
         p.error("--w-range: needs LO below HI, and no --w")
     if args.w is None and not args.w_range:
         args.w = 1.5
-    if args.num_labels and (args.drop or args.w == "auto"):
+    if args.num_labels and (args.drop is not None or args.w == "auto"):
         p.error("--num-labels: trains no empty class, which --drop and --w auto need")
     if args.num_labels and args.num_labels >= len(data.classes):
-        p.error(f"--num-labels {args.num_labels}: must be below the {len(data.classes)} classes")
+        p.error(f"--num-labels {args.num_labels}: needs more classes than {len(data.classes)}")
     if args.drop is None:
         args.drop = 0.0 if args.num_labels else 0.1
     if str(args.w).startswith("auto") and not (args.eval_every and args.eval_samples):
@@ -226,7 +231,9 @@ def describe(args, data):
         else:
             yield f"warning: --w {args.w}: nothing bounds guidance from w {1 + 1 / gain:.3g} on"
         if args.w < 1:
-            yield f"warning: --w {args.w} guides away from the label; 1 is off"
+            yield f"warning: --w {args.w} weakens the label, as CFG below 1 does; 1 is off"
+    if args.w_range:
+        yield f"scale-aware: evaluated at w {sum(args.w_range) / 2}; sample with --w"
     if not args.drop and not args.num_labels and args.w != 1 and not args.init:
         yield "warning: --drop 0 doesn't train the empty class, which guidance needs"
     if args.steps * (1 - args.ema) < 1:
@@ -244,7 +251,7 @@ def evaluate(args, ema, data, vae, reference, record, cfg=1.0):
               balanced(min(10, classes), classes).repeat_interleave(10))
     w = sum(args.w_range) / 2 if args.w_range else None
     write_samples(path, ema, labels, args.seed, batch=args.eval_batch, record=record, vae=vae,
-                  dtype=args.dtype, go_on=False, steps=args.eval_steps, w=w, cfg=cfg)
+                  dtype=args.dtype, resume=False, steps=args.eval_steps, w=w, cfg=cfg)
     if models.ranks()[0] == 0:
         with np.load(path) as samples:
             save_classes(samples["arr_0"], labels, path.with_suffix(".png"))
@@ -254,6 +261,11 @@ def evaluate(args, ema, data, vae, reference, record, cfg=1.0):
 def main(argv=None):
     args, data = parse_args(argv)
     rank, world, device = models.setup()
+    with models.locked(args.out) if rank == 0 else contextlib.nullcontext():
+        train(args, data, rank, world, device)
+
+
+def train(args, data, rank, world, device):
     out, batch, micro = Path(args.out), args.batch, args.batch // (world * args.accum)
     if batch != micro * world * args.accum:
         raise ValueError(f"--batch {batch}: must be a multiple of processes times --accum, "
@@ -262,10 +274,10 @@ def main(argv=None):
     auto = str(args.w).startswith("auto")
     shape = {"input_size": data.shape[1], "in_channels": data.shape[0],
              "num_classes": len(data.classes), "scale_aware": args.w_range is not None}
-    config = shape | {"data": data.identity, "vae": data.vae} | {
+    config = shape | {"data": data.identity, "vae": data.vae, "ramp": RAMP if args.init else 0} | {
         key: value for key, value in vars(args).items()
         if key not in FREE and (auto or key not in EVALUATION)}
-    last, notes, fell_back = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
+    last, notes, rewrite = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
     torch.manual_seed(args.seed)
     if args.init and not last:
         model, notes = checkpoints.initialize_from(args.init, args.model, shape)
@@ -298,7 +310,6 @@ def main(argv=None):
     net = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     weights, ema_weights = [p.detach() for p in model.parameters()], list(ema.parameters())
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         print(*describe(args, data), *notes, sep="\n", flush=True)
 
     def save():
@@ -327,14 +338,13 @@ def main(argv=None):
                 more = scores["fid"] > before[-1]
             w_now += AUTO_RATE * ((AUTO_MAX if more else 1) - w_now)
         rows[-1] |= scores
-        if rank == 0:
-            save_curves(rows, out / "curves.png")
+        if rank == 0 and scores:
             tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
     def due(step):
         return step == args.steps or args.eval_every and step % args.eval_every == 0
 
-    def note(number, _):  # torchrun passes a Ctrl-C on: two at once are one
+    def note(number, _):  # torchrun forwards a Ctrl-C: one that comes at once is the same
         if signals and time.perf_counter() > signals[0][1] + 1:
             os._exit(128 + number)
         signals.append((number, time.perf_counter()))
@@ -344,11 +354,11 @@ def main(argv=None):
             signal.signal(number, handler)
 
     step, signals = first, []
-    scored = "fid" in rows[-1] if rows and args.eval_samples else (out / "samples.png").exists()
+    scored = (out / "samples.png").exists() and (not args.eval_samples or "fid" in rows[-1])
     if step and due(step) and not scored:  # the run ended in this evaluation
         score()
-        fell_back = True
-    if fell_back:
+        rewrite = True
+    if rewrite:
         save()
     bar = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0)
     begin, since = time.perf_counter(), step
@@ -361,16 +371,19 @@ def main(argv=None):
         draws = {"t": draw_t(batch, cpu), "dropped": torch.rand(batch, generator=cpu) < args.drop,
                  "guide": torch.rand(batch, generator=cpu) < args.guide_share}
         flip = torch.rand(batch, generator=cpu) < 0.5
-        if args.num_labels:  # other classes, counted from the sample's own, which is 0
-            C = len(data.classes)
-            ahead = 1 + torch.rand(batch, C - 1, generator=cpu).topk(args.num_labels).indices
-            draws["others"] = (torch.from_numpy(data.labels[index])[:, None] + ahead) % C
+        if args.num_labels:  # 1 to classes - 1 ahead of the sample's own
+            classes = len(data.classes)
+            order = torch.rand(batch, classes - 1, generator=cpu)
+            ahead = 1 + order.topk(args.num_labels).indices
+            draws["others"] = (torch.from_numpy(data.labels[index])[:, None] + ahead) % classes
         if args.w_range:
             low, high = args.w_range
-            drawn = torch.rand(batch, generator=cpu) < DRAWN / (1 - args.drop)
+            drawn = torch.rand(batch, generator=cpu) < DRAWN / (1 - args.drop)  # of the kept ones
             w = torch.where(drawn, low + (high - low) * torch.rand(batch, generator=cpu), 1.0)
         else:
-            ramp = min(1, (step + 1 - args.start_step) / RAMP) if args.init else 1
+            ramp = 1 if step >= args.start_step else 0
+            if config["ramp"]:
+                ramp *= min(1, (step + 1 - args.start_step) / RAMP)
             w = torch.full((batch,), 1 + (w_now - 1) * ramp)
         noise = torch.randn(batch, *data.shape, generator=gpu, device=device)
         posterior = torch.randn(batch, *data.shape, generator=gpu, device=device)
@@ -406,8 +419,8 @@ def main(argv=None):
             dist.all_reduce(losses)
             losses /= world
         if not torch.stack([x.isfinite().all() for x in (losses, *ema_weights)]).all():
-            raise ValueError(f"the loss or a weight is not finite at step {step}; the checkpoint "
-                             f"before stays. Lower --lr or --w, give --clip, or use --dtype fp32")
+            raise ValueError(f"the loss or a weight is not finite at step {step}; earlier "
+                             f"checkpoints stay. Lower --lr or --w, or give --clip")
         if logging:
             speed = (step - since) * batch / (time.perf_counter() - begin)
             rows.append({"step": step, "loss": losses.double().mean().item(),
@@ -421,7 +434,7 @@ def main(argv=None):
         if ended:
             bar.close()
             if rank == 0:
-                print(f"step {step} is saved in {out}; the same command goes on from there")
+                print(f"step {step} is saved in {out}; run the same command to resume")
             raise SystemExit(128 + ended.item())
         if due(step):
             listen(signal.SIG_DFL)
@@ -433,6 +446,8 @@ def main(argv=None):
     bar.close()
     listen(signal.SIG_DFL)
     if rank == 0:
+        save_log(rows, out / "log.csv")
+        save_curves(rows, out / "curves.png")
         print(f"{out} has ckpt.pt, log.csv, curves.png, samples.png and samples.npz")
 
 
