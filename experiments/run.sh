@@ -26,20 +26,34 @@ cfg() {  # NAME SCALE: the runs of that name, drawn with CFG on top
 }
 
 sparse() {  # guidance for a share of the samples
-  for teacher in ema online; do
-    for p in 1 0.5 0.25 0.125; do
+  run sit-plain train_sit_mg.py --w 1
+  for p in 1 0.5 0.25 0.125; do
+    for teacher in ema online; do
       run sit-$teacher-p$p train_sit_mg.py --teacher $teacher --guide-share $p
     done
-    for p in 1 0.25; do
-      run dit-$teacher-p$p train_dit_mg.py --teacher $teacher --guide-share $p
+  done
+  for p in 1 0.25; do
+    for teacher in ema online; do
       for w in 1.25 1.75; do
         run sit-$teacher-p$p-w$w train_sit_mg.py --teacher $teacher --guide-share $p --w $w
       done
+    done
+  done
+}
+sparse_dit() {
+  run dit-plain train_dit_mg.py --w 1
+  for teacher in ema online; do
+    for p in 1 0.25; do
+      run dit-$teacher-p$p train_dit_mg.py --teacher $teacher --guide-share $p
+    done
+  done
+}
+sparse_t() {  # where the authors guide
+  for teacher in ema online; do
+    for p in 1 0.25; do
       run sit-$teacher-p$p-t.75 train_sit_mg.py --teacher $teacher --guide-share $p --t-max 0.75
     done
   done
-  run sit-plain train_sit_mg.py --w 1
-  run dit-plain train_dit_mg.py --w 1
 }
 price() {  # quality at equal price: the steps that some plain steps pay for
   for steps in 400 800 1600; do
@@ -58,6 +72,6 @@ gft() {  # Guidance-free training's own loss beside online MG
   run gft-alike experiments/gft.py --guide-share 0.5  # see gft.py: dropped samples weighted alike
 }
 
-for part in ${*:-sparse price price_cfg gft}; do
+for part in ${*:-sparse sparse_dit sparse_t price price_cfg gft}; do
   $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>&1 | grep -v step/s || true
 done
