@@ -26,15 +26,16 @@ from data import fill
 from models import ALPHA_BARS
 
 
-def guided(model, y, *, cfg=1.0, interval=(0.0, 1.0), w=None):
+def guided(model, y, *, cfg=1.0, interval=(0.0, 1.0), w=None, null=None):
     """The network for labels y (N,), with classifier-free guidance (Eq. 9): net(x, t).
 
     net(x (N, C, H, W), t a number, or (N,)) -> float64 (N, C, H, W), DiT with 2C channels.
     cfg: the scale; 1 is off and costs one pass. It acts where the noise time (t; DiT: t / 1000)
     is in the interval, on all channels but DiT's variances, which are those with the label.
     w: the scale of a scale-aware network (None: 1); its empty class is run at 0 (Eq. 22).
+    y may be any other condition, (N, ...); null is then the empty one, as in mg_loss().
     """
-    empty = torch.full_like(y, model.num_classes)
+    empty = torch.full_like(y, model.num_classes) if null is None else null.expand_as(y)
     scales, both_scales = (), ()
     if getattr(model, "scale_aware", False):
         w = torch.as_tensor(1.0 if w is None else w, dtype=torch.float32, device=y.device)

@@ -90,20 +90,23 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null=None, guide=Non
 
     def teach(condition, scale):  # not through DDP: it would wait for the other processes
         scales = [torch.full_like(w[k], scale)] if scale_aware else []
-        return getattr(teacher, "module", teacher)(x_t[k], t[k], condition, *scales)[:, :C]
+        out_k = getattr(teacher, "module", teacher)(x_t[k], t[k], condition, *scales)
+        return out_k[:, :C].to(target.dtype)                                       # (K, C, H, W)
 
     if teacher is not None and len(k):
         with torch.no_grad():                                                      # sg(.)
-            reuse = unwrap(teacher) is net and not scale_aware
-            cond = out[k, :C] if reuse else teach(y[k], 1)                         # (K, C, H, W)
-            if others is None:
-                uncond = teach(null.expand_as(y)[k], 0)                            # 0: Eq. 22
+            if unwrap(teacher) is net and not scale_aware:  # the student's own output
+                cond = out[k, :C].to(target.dtype)
             else:
+                cond = teach(y[k], 1)
+            if others is None:
+                uncond = teach(null.expand_as(y)[k], 0)  # scale-aware: (empty, 0), Eq. 22
+            else:  # Eq. 23
                 uncond = sum(teach(other, 1) for other in move(others)[k].T) / others.shape[1]
             # The minimiser of a squared loss depends only on the target's mean: guiding a random
             # share of the samples, scaled by 1/share, keeps that mean.
-            strength = ((w[k] - 1) / share).view(-1, 1, 1, 1)
-            target[k] += strength * (cond.to(target.dtype) - uncond.to(target.dtype))  # 18, 20, 22
+            w_k = w[k].view(-1, 1, 1, 1)
+            target[k] += (w_k - 1) / share * (cond - uncond)                       # Eq. 18, 20, 22
 
     # ============================================ SiT's own
     # 3. learn
@@ -136,8 +139,8 @@ EVALUATION = ["eval_every", "eval_samples", "eval_steps", "reference"]  # free b
 
 def parse_args(argv):
     """-> the flags, with the preset's values where none is given, and the Data."""
-    number, count, positive = (models.number, models.number("[0, inf)", int),
-                               models.number("[1, inf)", int))
+    number = models.number
+    count, positive = number("[0, inf)", int), number("[1, inf)", int)
 
     def scale(text):
         return text if text in ("auto", "auto-paper") else number()(text)
@@ -222,8 +225,8 @@ def describe(args, data):
     yield (f"{args.model}, {len(data)} images of {len(data.classes)} classes, "
            f"{'x'.join(map(str, data.shape))}; preset {data.kind} {' '.join(changed)}")
     if isinstance(args.w, float):
-        # At the fixed point out(c) = out*(c) + (w-1) (out(c) - uncond). Eq. 23's uncond is the
-        # mean of other classes, which move as well: gain.
+        # At the fixed point out(c) = out*(c) + (w-1) (out(c) - uncond). In Eq. 23 uncond, the mean
+        # of the other C - 1 classes, is C / (C - 1) times as far from out(c) as the mean of all.
         gain = len(data.classes) / (len(data.classes) - 1) if args.num_labels else 1
         inverse = 1 - (args.w - 1) * gain
         if inverse > 0:
