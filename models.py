@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -212,6 +213,14 @@ def load_vae(name, device="cpu"):
 def vae_factor(vae):
     """How many pixels a side one latent stands for."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def fingerprint(module):
+    """SHA-256 of a network's weights, in hexadecimal."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(key.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

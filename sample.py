@@ -10,7 +10,6 @@ are NCHW in [-1, 1]; latents are the VAE's times its scaling_factor.
 
 Interrupted, the same command resumes.
 """
-import hashlib
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 import models
+from checkpoints import load_checkpoint
 from data import fill
 from models import ALPHA_BARS
 
@@ -199,17 +199,15 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
     Beside it, PATH.json records how it was made: `record` and the sampling options. Interrupted, it
     resumes, unless resume=False. ValueError: PATH.parts is of another interrupted run.
     """
-    (rank, _), parts, weights = models.ranks(), f"{path}.parts", hashlib.sha256()
-    if rank == 0:
-        for value in model.state_dict().values():
-            weights.update(value.cpu().numpy().tobytes())
-        if not resume:
-            shutil.rmtree(parts, ignore_errors=True)
+    (rank, _), parts = models.ranks(), f"{path}.parts"
+    if rank == 0 and not resume:
+        shutil.rmtree(parts, ignore_errors=True)
     size, channels = model.input_size, model.in_channels
     if vae:
         size, channels = size * models.vae_factor(vae), vae.config.out_channels
     record = record | options | {
-        "seed": seed, "dtype": dtype, "weights_sha256": weights.hexdigest()}
+        "seed": seed, "dtype": dtype,
+        "weights_sha256": models.fingerprint(model) if rank == 0 else None}
 
     def make(rows):
         device = next(model.parameters()).device.type
@@ -351,7 +349,6 @@ def choose_labels(args, classes):
 
 
 def main(argv=None):
-    from checkpoints import load_checkpoint
     args = parse_args(argv)
     rank, _, device = models.setup()
     weights = "model" if args.raw else "ema"

@@ -1120,7 +1120,11 @@ def test_automatic_w(rule, plain, with_cfg, want, tmp_path, monkeypatch):
     plain, with_cfg = iter(plain), iter(with_cfg)
     monkeypatch.setattr(train_sit_mg, "evaluate",
                         lambda *_, cfg=1.0: {"fid": next(plain if cfg == 1 else with_cfg)})
+    curves = []
+    monkeypatch.setattr(train_sit_mg, "save_curves",
+                        lambda rows, _: curves.append(rows[-1]["step"]))
     run = train("SiT", tmp_path, "--w", rule, "--eval-samples", 8, "--eval-every", 2, "--steps", 8)
+    assert curves == [2, 4, 6, 8]
     assert [row["w"] for row in run["log"] if "fid" in row] == pytest.approx(want)
 
 

@@ -317,11 +317,15 @@ def train(args, data, rank, world, device):
 
     def save():
         if rank == 0:
-            save_log(rows, out / "log.csv")
             checkpoints.save_checkpoint(out / "ckpt.pt", {
                 "config": config, "step": step, "model": model.state_dict(),
                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "log": rows,
                 "losses": losses, "w": w_now, "classes": data.classes})
+
+    def draw_log():
+        if rank == 0:
+            save_log(rows, out / "log.csv")
+            save_curves(rows, out / "curves.png")
 
     def score():
         """Evaluates; the scores join the last row of the log; --w auto moves."""
@@ -341,6 +345,7 @@ def train(args, data, rank, world, device):
                 more = scores["fid"] > before[-1]
             w_now += AUTO_RATE * ((AUTO_MAX if more else 1) - w_now)
         rows[-1] |= scores
+        draw_log()
         if rank == 0 and scores:
             tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
@@ -363,6 +368,8 @@ def train(args, data, rank, world, device):
         rewrite = True
     if rewrite:
         save()
+    if step:  # the log may be gone, or ahead of the checkpoint
+        draw_log()
     bar = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0)
     begin, since = time.perf_counter(), step
     listen(note)
@@ -449,8 +456,6 @@ def train(args, data, rank, world, device):
     bar.close()
     listen(signal.SIG_DFL)
     if rank == 0:
-        save_log(rows, out / "log.csv")
-        save_curves(rows, out / "curves.png")
         print(f"{out} has ckpt.pt, log.csv, curves.png, samples.png and samples.npz")
 
 
