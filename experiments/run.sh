@@ -7,25 +7,31 @@ export OMP_NUM_THREADS=1
 out=out/experiments
 mkdir -p $out
 
-# Each function prints commands. A run is done when its log has scores.
+# Each function prints commands, one a line.
+once() {  # MARK COMMAND: unless it has run to its end
+  echo "test -e $1 || ($2 && touch $1)"
+}
 run() {  # NAME SCRIPT FLAGS: for seeds 0, 1, 2
   local name=$1 script=$2
   shift 2
   for seed in 0 1 2; do
     local dir=$out/$name-s$seed
-    echo "grep -qs accuracy $dir/log.csv || python $script --out $dir --seed $seed $*"
+    once $dir/done "python $script --out $dir --seed $seed --eval-batch 200 $*"
   done
 }
-cfg() {  # NAME SCALE: the runs of that name, drawn with CFG on top
+draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., scored
+  local name=$1 suffix=$2
+  shift 2
   for seed in 0 1 2; do
-    local file=$out/$1-cfg$2-s$seed
-    local draw="python sample.py $out/$1-s$seed/ckpt.pt --seed $seed --cfg $2 --out $file.npz"
-    draw+=" --num-samples 2000 --class-labels balanced --steps 50 --batch 500"
-    echo "test -s $file.md || ($draw && python fid.py $file.npz digits > $file.md)"
+    local file=$out/$name-$suffix-s$seed
+    local command="python sample.py $out/$name-s$seed/ckpt.pt --out $file.npz --seed $seed $*"
+    command+=" --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
+    once $file.done "$command && python fid.py $file.npz digits > $file.md"
   done
 }
 
-sparse() {  # guidance for a share of the samples
+# ---------------------------------------------------------------- guidance for a share
+sparse() {
   run sit-plain train_sit_mg.py --w 1
   for p in 1 0.5 0.25 0.125; do
     for teacher in ema online; do
@@ -55,23 +61,86 @@ sparse_t() {  # where the authors guide
     done
   done
 }
-price() {  # quality at equal price: the steps that some plain steps pay for
-  for steps in 400 800 1600; do
-    run price-plain-$steps train_sit_mg.py --w 1 --steps $steps
-    run price-ema-$steps train_sit_mg.py --steps $((steps * 100 / 158))
-    run price-online-$steps train_sit_mg.py --teacher online --steps $((steps * 100 / 129))
-    run price-quarter-$steps train_sit_mg.py --teacher online --guide-share 0.25 \
-      --steps $((steps * 100 / 108))
-  done
-}
-price_cfg() {
-  for steps in 400 800 1600; do cfg price-plain-$steps 2; done
-}
 gft() {  # Guidance-free training's own loss beside online MG
   run gft experiments/gft.py
   run gft-alike experiments/gft.py --guide-share 0.5  # see gft.py: dropped samples weighted alike
 }
+board() {
+  for seed in 0 1 2; do echo "python experiments/board.py $seed > /dev/null"; done
+}
 
-for part in ${*:-sparse sparse_dit sparse_t price price_cfg gft}; do
+# ---------------------------------------------------------------- quality against price
+# Evaluations at what 400, 800, ... plain steps cost: bench.py's price of a step is 1.61 (EMA), 1.29
+# (online), 1.11 (online, a quarter).
+curves() {
+  run curve-ema train_sit_mg.py --steps 2400 --eval-every 248
+  run curve-online train_sit_mg.py --teacher online --steps 1240 --eval-every 310
+  run curve-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 1440 \
+    --eval-every 360
+  for seed in 0 1 2; do  # one run, and its checkpoints on the way
+    local plain=$out/curve-plain-s$seed command=true
+    for steps in 400 800 1600 2400; do
+      command+=" && (test -e $plain/$steps.pt || (python train_sit_mg.py --w 1 --seed $seed"
+      command+=" --out $plain --eval-every 400 --eval-batch 200 --steps $steps"
+      command+=" && cp $plain/ckpt.pt $plain/$steps.tmp && mv $plain/$steps.tmp $plain/$steps.pt))"
+    done
+    once $plain/done "$command"
+  done
+}
+curves_cfg() {
+  for steps in 400 800 1600; do
+    for seed in 0 1 2; do
+      mkdir -p $out/plain$steps-s$seed
+      ln -sf ../curve-plain-s$seed/$steps.pt $out/plain$steps-s$seed/ckpt.pt
+    done
+    draw plain$steps cfg2 --cfg 2
+  done
+}
+
+# ---------------------------------------------------------------- the paper's tables and figures
+table3() {  # auto moves on 500 samples
+  local auto="--eval-every 100 --eval-samples 500"
+  for teacher in ema online; do
+    run sit-$teacher-p1-w2 train_sit_mg.py --teacher $teacher --w 2
+    run sit-$teacher-auto-paper train_sit_mg.py --teacher $teacher --w auto-paper $auto
+    run sit-$teacher-auto train_sit_mg.py --teacher $teacher --w auto $auto
+  done
+}
+table3_draw() {
+  for teacher in ema online; do
+    for rule in auto auto-paper; do draw sit-$teacher-$rule 2000; done
+  done
+}
+table3_dit() {
+  for w in 1.25 1.75; do run dit-ema-p1-w$w train_dit_mg.py --w $w; done
+}
+table4() {
+  for drop in 0.05 0.15 0.2; do run sit-drop$drop train_sit_mg.py --drop $drop; done
+}
+table5() {  # one network for all scales; those of table 3 have one each
+  run sit-range train_sit_mg.py --w-range 1 3
+}
+table5_draw() {
+  for w in 1 1.33 2 3; do draw sit-range w$w --w $w; done
+  for cfg in 1.33 2 3; do draw sit-plain cfg$cfg --cfg $cfg; done
+}
+table6() {
+  for n in 1 2 4 9; do run sit-labels$n train_sit_mg.py --num-labels $n; done
+}
+fig4() {  # CFG on top of MG
+  for cfg in 1.25 1.5 2; do draw sit-ema-p1 cfg$cfg --cfg $cfg; done
+}
+late() {  # three times the steps, where guidance no longer helps
+  for w in 1.1 1.25; do run late-w$w train_sit_mg.py --w $w --steps 2400; done
+  for w in 1.5 1.75; do run late-fall$w experiments/fall.py --w $w --steps 2400; done
+  run late-auto train_sit_mg.py --w auto --eval-every 100 --eval-samples 500 --steps 2400
+}
+late_draw() {
+  draw late-auto 2000
+}
+
+parts="sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4
+  table5 table5_draw table6 fig4 late late_draw"
+for part in ${*:-$parts}; do
   $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>&1 | grep -v step/s || true
 done

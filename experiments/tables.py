@@ -1,6 +1,7 @@
 """Tables of what experiments/run.sh has run: `python experiments/tables.py [PREFIX ...]`.
 
-A row for each name: means over its seeds, and the Fréchet distances one by one.
+A row for each name: means over its seeds, and the Fréchet distances one by one. For the runs that
+were scored on their way, `python experiments/tables.py price` also draws assets/price.png.
 """
 import csv
 import re
@@ -8,39 +9,77 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-FOLDER = Path(__file__).resolve().parent.parent / "out" / "experiments"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "out" / "experiments"
+LINES = {  # of the figure: what a step costs, in plain ones (bench.py), and in passes
+    "plain": ("curve-plain", 1, 3), "EMA teacher": ("curve-ema", 1.61, 4.8),
+    "online teacher": ("curve-online", 1.29, 3.9),
+    "online, a quarter": ("curve-quarter", 1.11, 3.225)}
 
 
 def scores():
-    """{name: {seed: {"fid", "accuracy", "recall", "steps"}}} of all runs and sample sets."""
+    """{name: {seed: {step: row of scores}}} of all runs, and of sample sets, whose step is 0."""
     found = {}
     for path in sorted([*FOLDER.glob("*/log.csv"), *FOLDER.glob("*.md")]):
         if path.suffix == ".md":  # fid.py's table
             lines = [line.split("|")[1:-1] for line in path.read_text().splitlines()]
             row = {key.strip().lower(): cell.strip() for key, cell in zip(lines[0], lines[2])}
-            name = path.stem
+            rows, name = [row | {"step": 0}], path.stem
         else:
             with path.open() as f:
-                row = list(csv.DictReader(f))[-1]
-            name = path.parent.name
-        if row.get("accuracy"):
+                rows, name = list(csv.DictReader(f)), path.parent.name
+        rows = {int(row["step"]): row for row in rows if row.get("accuracy")}
+        if rows:
             name, seed = re.fullmatch(r"(.*)-s(\d+)", name).groups()
-            found.setdefault(name, {})[int(seed)] = row
+            found.setdefault(name, {})[int(seed)] = rows
     return found
 
 
-def main():
-    print("| run | FD | by seed | accuracy | recall |\n|---|---|---|---|---|")
+def main(prefixes):
+    print("| run | step | FD | by seed | accuracy | recall |\n|---|---|---|---|---|---|")
     for name, seeds in sorted(scores().items()):
-        if len(sys.argv) > 1 and not name.startswith(tuple(sys.argv[1:])):
+        if prefixes and not name.startswith(prefixes):
             continue
-        rows = [row for _, row in sorted(seeds.items())]
-        fids, accuracies, recalls = ([float(row[key]) for row in rows]
-                                     for key in ("fid", "accuracy", "recall"))
-        by_seed = " ".join(f"{value:.1f}" for value in fids)
-        print(f"| {name} | {mean(fids):.1f} | {by_seed} | {mean(accuracies):.3f} | "
-              f"{mean(recalls):.2f} |")
+        for step in sorted({step for rows in seeds.values() for step in rows}):
+            rows = [seeds[seed][step] for seed in sorted(seeds) if step in seeds[seed]]
+            fids, accuracies, recalls = ([float(row[key]) for row in rows]
+                                         for key in ("fid", "accuracy", "recall"))
+            by_seed = " ".join(f"{value:.1f}" for value in fids)
+            print(f"| {name} | {step or ''} | {mean(fids):.1f} | {by_seed} | "
+                  f"{mean(accuracies):.3f} | {mean(recalls):.2f} |")
+
+
+def price(path):
+    """FD against what training has cost: a figure, and a table at 400, 800, 1600 plain steps."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 3.6), layout="tight")
+    axis, found = figure.add_subplot(), scores()
+    table = {}
+    for label, (name, cost, _) in LINES.items():
+        steps = sorted(set.intersection(*(set(rows) for rows in found[name].values())))
+        steps = [step for step in steps if step * cost < 2500]
+        fids = [[float(rows[step]["fid"]) for rows in found[name].values()] for step in steps]
+        axis.plot([step * cost for step in steps], [mean(f) for f in fids], ".-", label=label)
+        axis.fill_between([step * cost for step in steps], [min(f) for f in fids],
+                          [max(f) for f in fids], alpha=0.2)
+        table[label] = {round(step * cost, -2): (step, f) for step, f in zip(steps, fids)}
+    cfg = {steps: (steps, [float(rows[0]["fid"]) for rows in found[f"plain{steps}-cfg2"].values()])
+           for steps in (400, 800, 1600)}
+    axis.plot(cfg.keys(), [mean(f) for _, f in cfg.values()], "x--", color="gray",
+              label="plain + CFG 2 (two passes)")
+    axis.set(xlabel="cost of training, in plain steps", ylabel="Fréchet distance", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    print("| | 400 | 800 | 1600 |\n|---|---|---|---|")
+    for label, points in {**table, "plain + CFG 2": cfg}.items():
+        cells = [f"{mean(fids):.1f} ({', '.join(f'{x:.1f}' for x in fids)}), {step} steps"
+                 for step, fids in (points[price] for price in (400, 800, 1600))]
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["price"]:
+        price(ROOT / "assets" / "price.png")
+    else:
+        main(tuple(sys.argv[1:]))
