@@ -335,9 +335,10 @@ def main(argv=None):
     info = describe(args, paths, labels, classes, vae)
     if rank == 0:
         size = math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize
-        print(f"{args.folder}: {len(paths)} images of {len(classes)} classes, "
-              f"{min(info['counts'])} to {max(info['counts'])} each; {args.out} will have "
-              f"{size / 1e6:.1f} MB", flush=True)
+        each = [f"{name} ({count})" for name, count in zip(classes, info["counts"], strict=True)]
+        more = [f"and {len(each) - 20} more"] if len(each) > 20 else []
+        print(f"{len(paths)} images of {len(classes)} classes: {', '.join(each[:20] + more)}\n"
+              f"{args.out} will have {size / 1e6:.1f} MB", flush=True)
 
     def make(rows):
         files = [paths[row] for row in rows]

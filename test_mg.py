@@ -414,6 +414,67 @@ def test_any_condition():
     torch.testing.assert_close(got, want)
 
 
+class Foreign(nn.Module):
+    """A network like minRF's and REPA's, which drops labels itself in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.drop = nn.Embedding(11, 8), 0.1
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.empty = []  # shares of the empty label in the passes that learn
+
+    def forward(self, x, t, y):
+        if self.training:
+            y = torch.where(torch.rand(len(y)) < self.drop, 10, y)
+        if torch.is_grad_enabled():
+            self.empty.append((y == 10).float().mean().item())
+        features = self.first(x) + (self.embedding(y) + t[:, None])[:, :, None, None]
+        return self.last(features.tanh()), features
+
+
+def minrf_step(model, x, y):
+    """Its own times and no moving average: the network is its own teacher."""
+    t, z1 = torch.sigmoid(torch.randn(len(x))), torch.randn_like(x)
+
+    def net(x_t, t, y):
+        return model(x_t, t, y)[0]
+    return train_sit_mg.mg_loss(net, net, x, y, 1.5, t=t, noise=z1, null=torch.tensor([10]),
+                                dropped=torch.rand(len(x)) < 0.1).mean()
+
+
+def repa_step(model, x, y):
+    """The network also returns features, for a loss of their own."""
+    kept = []
+
+    def net(x_t, t, y):
+        v, features = model(x_t, t, y)
+        kept.append(features)
+        return v
+    t, noise = torch.rand(len(x)), torch.randn_like(x)
+    loss = train_sit_mg.mg_loss(net, net, x, y, 1.5, t=t, noise=noise, null=torch.tensor([10]),
+                                dropped=torch.rand(len(x)) < 0.1).mean()
+    return loss + 0.5 * (kept[0] - 1).square().mean()  # the first pass is the one that learns
+
+
+@pytest.mark.parametrize("step", [minrf_step, repa_step])
+def test_loops_of_others(step):
+    """With the network's own dropping turned off, 10 % of the labels are dropped; else 19 %."""
+    torch.manual_seed(0)
+    model = Foreign()
+    x0, y = torch.randn(500, 1, 4, 4), torch.randint(10, (500,))
+    for drop, share in (0.1, 0.19), (0, 0.1):
+        model.drop, optimizer = drop, torch.optim.Adam(model.parameters(), 1e-2)
+        model.empty.clear()
+        losses = []
+        for _ in range(20):
+            losses.append(step(model, x0, y))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert sum(model.empty) / 20 == pytest.approx(share, abs=0.013)  # four sigma of 10,000
+        assert len(model.empty) == 20 and losses[-1] < losses[0]
+
+
 def test_online_mg_is_gft():
     """GFT at beta = 2 - w, |beta s + (1 - beta) sg(u) - target|^2, has beta times the gradient."""
     b, model, w = batch(), random_model().double(), 1.6
@@ -868,7 +929,7 @@ def test_prepared_latents_are_what_encode_gives(tmp_path):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
-def test_data_refuses(tmp_path):
+def test_data_refuses(tmp_path, capsys):
     folder, out = image_folder(tmp_path / "images"), tmp_path / "out"
     tiny_vae(tmp_path)
     (tmp_path / "full").mkdir()
@@ -885,6 +946,7 @@ def test_data_refuses(tmp_path):
         assert "another process is writing" in refused()
     for _ in range(2):  # the second time it is complete
         prepare(folder, out, "--vae", "none")
+    assert "class0 (" in capsys.readouterr().out
     assert "another shape" in refused(size=8)
     assert "another flip" in refused(more=["--no-flip"])
     shutil.copy(folder / "class0" / "2.png", folder / "class0" / "0.png")

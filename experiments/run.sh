@@ -139,8 +139,34 @@ late_draw() {
   draw late-auto 2000
 }
 
+# ---------------------------------------------------------------- another data set: MNIST
+mnist_images() {
+  local command="python experiments/mnist.py images out/mnist"
+  command+=" && python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28"
+  once out/mnist-28.done "$command"
+}
+mnist() {  # one seed
+  local train="python train_sit_mg.py --data out/mnist-28 --eval-samples 0 --batch 32 --steps 4000"
+  for run in "plain --w 1" "ema" "online --teacher online" \
+      "quarter --teacher online --guide-share 0.25"; do
+    set -- $run
+    local dir=$out/mnist-$1-s0
+    shift
+    once $dir/done "$train --out $dir $*"
+  done
+}
+mnist_draw() {
+  local flags="--num-samples 1000 --class-labels balanced --steps 50 --batch 100"
+  for run in plain ema online quarter; do
+    local dir=$out/mnist-$run-s0
+    once $dir/1000.npz "python sample.py $dir/ckpt.pt $flags --out $dir/1000.npz"
+  done
+  local dir=$out/mnist-plain-s0
+  once $dir/cfg2.npz "python sample.py $dir/ckpt.pt $flags --cfg 2 --out $dir/cfg2.npz"
+}
+
 parts="sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4
-  table5 table5_draw table6 fig4 late late_draw"
+  table5 table5_draw table6 fig4 late late_draw mnist_images mnist mnist_draw"
 for part in ${*:-$parts}; do
   $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>&1 | grep -v step/s || true
 done
