@@ -202,7 +202,8 @@ def load_vae(name, device="cpu"):
                                                   output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as e:
         raise ValueError(f"--vae {name}: neither a folder of diffusers' AutoencoderKL nor found on "
-                         f"the hub ({str(e).strip().splitlines()[0]})") from None
+                         f"the hub ({str(e).strip().splitlines()[0]}); give such a folder, or in "
+                         "data.py none, for pixels") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         first = [*info["missing_keys"], *info["mismatched_keys"]][0]
         raise ValueError(f"--vae {name}: incomplete, {first} is missing or of another shape")

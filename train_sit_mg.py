@@ -5,7 +5,7 @@ v = dx_t/dt = eps - x_0. (The paper's Eq. 6: u = x_0 - eps = -v; MG is linear in
 Guidance scale w = 1 is off (the scale of Table 3; Eq. 18 and 20 write our w - 1 as w). Label
 num_classes is the empty class. Images are NCHW in [-1, 1], latents the VAE's times scaling_factor.
 
-The algorithm is mg_loss(), and the step between the rulers in main(). The same command resumes.
+The algorithm is mg_loss(), and the step in train(). The same command resumes.
 
 Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Ma et al. 2024 (SiT).
 """

@@ -11,10 +11,9 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "out" / "experiments"
-LINES = {  # of the figure: what a step costs, in plain ones (bench.py), and in passes
-    "plain": ("curve-plain", 1, 3), "EMA teacher": ("curve-ema", 1.61, 4.8),
-    "online teacher": ("curve-online", 1.29, 3.9),
-    "online, a quarter": ("curve-quarter", 1.11, 3.225)}
+LINES = {  # of the figure: runs, and what a step costs in plain ones (bench.py)
+    "plain": ("curve-plain", 1), "MG, EMA teacher": ("curve-ema", 1.61),
+    "MG, online teacher": ("curve-online", 1.29), "MG, online, P 1/4": ("curve-quarter", 1.11)}
 
 
 def scores():
@@ -55,7 +54,7 @@ def price(path):
     figure = Figure(figsize=(6, 3.6), layout="tight")
     axis, found = figure.add_subplot(), scores()
     table = {}
-    for label, (name, cost, _) in LINES.items():
+    for label, (name, cost) in LINES.items():
         steps = sorted(set.intersection(*(set(rows) for rows in found[name].values())))
         steps = [step for step in steps if step * cost < 2500]
         fids = [[float(rows[step]["fid"]) for rows in found[name].values()] for step in steps]
