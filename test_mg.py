@@ -1844,7 +1844,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, inception_file, capsys)
             argv += ["--weights", inception_file]
         sys.modules[script].main(argv)
     capsys.readouterr()
-    assert {"samples.npz", "grid.png", "dogs.png", "dit-mg", "fig2.png"} <= set(os.listdir("."))
+    assert {"samples.npz", "grid.png", "animals.png", "dit-mg", "fig2.png"} <= set(os.listdir("."))
 
 
 def test_the_readmes_code_runs():

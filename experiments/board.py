@@ -16,11 +16,11 @@ import toy_mg
 FILE = ROOT / "out" / "experiments" / "board.jsonl"
 STEPS = 4000
 USUAL = {"teacher": "ema", "share": 1, "ema": 0.995, "batch": 256}  # toy_mg.train()'s defaults
-TEACHERS, PRICES = ("ema", "online"), (1, 1 / 4)
+TEACHERS, SHARES = ("ema", "online"), (1, 1 / 4)
 SETTINGS = [USUAL | changes for changes in [
     *({"w": w, "teacher": teacher} for teacher in TEACHERS for w in (*toy_mg.SWEEP, 2.1, 2.5)),
     *({"w": w, "teacher": teacher, "share": 1 / 4} for teacher in TEACHERS for w in toy_mg.SWEEP),
-    *({"w": 1.5, "share": share} | cure for share in PRICES
+    *({"w": 1.5, "share": share} | cure for share in SHARES
       for cure in ({"ema": 0.98}, {"ema": 0.999}, {"batch": 1024})),
 ]]
 
@@ -31,18 +31,17 @@ def run(seed, rows):
         done = {"seed": seed} | setting
         if any(done.items() <= row.items() for row in rows):
             continue
-        cost = setting["ema"], setting["batch"]
-        if cost not in plain:  # the same average and batch, without guidance
-            plain[cost] = toy_mg.train(1, STEPS, ema=cost[0], batch=cost[1], seed=seed)
+        usual = setting["ema"], setting["batch"]
+        if usual not in plain:  # the same average and batch, without guidance
+            plain[usual] = toy_mg.train(1, STEPS, ema=usual[0], batch=usual[1], seed=seed)
         torch.manual_seed(seed)
         noise = torch.randn(toy_mg.POINTS, 2)
         options = {key: value for key, value in setting.items() if key != "w"}
         mg = toy_mg.train(setting["w"], STEPS, seed=seed, **options)
-        row = done | {"measured": toy_mg.measured_scale(mg, plain[cost])}
+        row = done | {"measured": toy_mg.measured_scale(mg, plain[usual])}
         drawn = {"": toy_mg.sample(mg, noise, y)}
         if setting["w"] < 2:
-            drawn["cfg_"] = toy_mg.sample(plain[cost], noise, y, cfg=1 / (2 - setting["w"]))
-        drawn["plain_"] = toy_mg.sample(plain[cost], noise, y)
+            drawn["cfg_"] = toy_mg.sample(plain[usual], noise, y, cfg=1 / (2 - setting["w"]))
         for name, path in drawn.items():
             row[f"{name}outliers"], row[f"{name}coverage"] = toy_mg.scores(path[-1], y)
         rows.append(row)

@@ -1,4 +1,7 @@
-"""train_sit_mg.py with a w that falls linearly to 1 over the run: the flags are the same."""
+"""train_sit_mg.py with a w that falls linearly to 1 over the run, from --w on.
+
+The flags are the same; --steps must be given. In log.csv w stays at its start.
+"""
 import sys
 from pathlib import Path
 

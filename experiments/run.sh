@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The runs behind README.md, two at a time, on one thread each: experiments/run.sh [PART ...]
+# The runs of experiments/README.md, two at a time, one thread each: experiments/run.sh [PART ...]
 # What is there is skipped, and what was interrupted goes on. Then: python experiments/tables.py
+# Progress bars and errors go to out/experiments/stderr.txt.
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -9,7 +10,7 @@ mkdir -p $out
 
 # Each function prints commands, one a line.
 once() {  # MARK COMMAND: unless it has run to its end
-  echo "test -e $1 || ($2 && touch $1)"
+  echo "test -e $1 || ($2 && touch $1) || echo FAILED: $1"
 }
 run() {  # NAME SCRIPT FLAGS: for seeds 0, 1, 2
   local name=$1 script=$2
@@ -26,7 +27,7 @@ draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., sco
     local file=$out/$name-$suffix-s$seed
     local command="python sample.py $out/$name-s$seed/ckpt.pt --out $file.npz --seed $seed $*"
     command+=" --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
-    once $file.done "$command && python fid.py $file.npz digits > $file.md"
+    once $file.done "$command && python fid.py $file.npz digits > $file.tmp && mv $file.tmp $file.md"
   done
 }
 
@@ -63,7 +64,7 @@ sparse_t() {  # where the authors guide
 }
 gft() {  # Guidance-free training's own loss beside online MG
   run gft experiments/gft.py
-  run gft-alike experiments/gft.py --guide-share 0.5  # see gft.py: dropped samples weighted alike
+  run gft-alike experiments/gft.py --alike
 }
 board() {
   for seed in 0 1 2; do echo "python experiments/board.py $seed > /dev/null"; done
@@ -73,28 +74,23 @@ board() {
 # Evaluations at what 400, 800, ... plain steps cost: bench.py's price of a step is 1.61 (EMA), 1.29
 # (online), 1.11 (online, a quarter).
 curves() {
-  run curve-ema train_sit_mg.py --steps 2400 --eval-every 248
+  run curve-ema train_sit_mg.py --steps 2400 --eval-every 248  # goes on: the figure over steps
   run curve-online train_sit_mg.py --teacher online --steps 1240 --eval-every 310
   run curve-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 1440 \
     --eval-every 360
-  for seed in 0 1 2; do  # one run, and its checkpoints on the way
+  for seed in 0 1 2; do  # one run, and its checkpoints on the way, plain400-s0, ...
     local plain=$out/curve-plain-s$seed command=true
     for steps in 400 800 1600 2400; do
-      command+=" && (test -e $plain/$steps.pt || (python train_sit_mg.py --w 1 --seed $seed"
-      command+=" --out $plain --eval-every 400 --eval-batch 200 --steps $steps"
-      command+=" && cp $plain/ckpt.pt $plain/$steps.tmp && mv $plain/$steps.tmp $plain/$steps.pt))"
+      local copy=$out/plain$steps-s$seed
+      command+=" && (test -e $copy/ckpt.pt || (mkdir -p $copy && python train_sit_mg.py --w 1"
+      command+=" --seed $seed --out $plain --eval-every 400 --eval-batch 200 --steps $steps"
+      command+=" && cp $plain/ckpt.pt $copy/tmp && mv $copy/tmp $copy/ckpt.pt))"
     done
     once $plain/done "$command"
   done
 }
 curves_cfg() {
-  for steps in 400 800 1600; do
-    for seed in 0 1 2; do
-      mkdir -p $out/plain$steps-s$seed
-      ln -sf ../curve-plain-s$seed/$steps.pt $out/plain$steps-s$seed/ckpt.pt
-    done
-    draw plain$steps cfg2 --cfg 2
-  done
+  for steps in 400 800 1600; do draw plain$steps cfg2 --cfg 2; done
 }
 
 # ---------------------------------------------------------------- the paper's tables and figures
@@ -156,17 +152,21 @@ mnist() {  # one seed
   done
 }
 mnist_draw() {
-  local flags="--num-samples 1000 --class-labels balanced --steps 50 --batch 100"
+  local flags="--num-samples 500 --class-labels balanced --steps 50 --batch 50"
   for run in plain ema online quarter; do
     local dir=$out/mnist-$run-s0
-    once $dir/1000.npz "python sample.py $dir/ckpt.pt $flags --out $dir/1000.npz"
+    once $dir/500.npz "python sample.py $dir/ckpt.pt $flags --out $dir/500.npz"
   done
   local dir=$out/mnist-plain-s0
   once $dir/cfg2.npz "python sample.py $dir/ckpt.pt $flags --cfg 2 --out $dir/cfg2.npz"
 }
+mnist_score() {
+  echo "python experiments/mnist.py score $out/mnist-*/500.npz $out/mnist-plain-s0/cfg2.npz"
+}
 
 parts="sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4
-  table5 table5_draw table6 fig4 late late_draw mnist_images mnist mnist_draw"
+  table5 table5_draw table6 fig4 late late_draw mnist_images mnist mnist_draw mnist_score"
 for part in ${*:-$parts}; do
-  $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>&1 | grep -v step/s || true
+  declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }
+  $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>> $out/stderr.txt
 done

@@ -41,6 +41,8 @@ def main(prefixes):
             continue
         for step in sorted({step for rows in seeds.values() for step in rows}):
             rows = [seeds[seed][step] for seed in sorted(seeds) if step in seeds[seed]]
+            if len(rows) < len(seeds):
+                continue
             fids, accuracies, recalls = ([float(row[key]) for row in rows]
                                          for key in ("fid", "accuracy", "recall"))
             by_seed = " ".join(f"{value:.1f}" for value in fids)
