@@ -154,9 +154,9 @@ PRESETS = {  # by the kind of --data
         "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "eval_batch": 500,
         "save_every": 400, "log_every": 50},
     "pixels": {  # small images of your own
-        "model": f"{KIND}-T/2", "batch": 64, "lr": 2e-3, "ema": 0.999, "steps": 6000,
-        "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "eval_batch": 100,
-        "save_every": 1000, "log_every": 50},
+        "model": f"{KIND}-T/2", "batch": 32, "lr": 2e-3, "ema": 0.999, "steps": 4000,
+        "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "eval_batch": 50,
+        "save_every": 500, "log_every": 50},
     "latents": {  # the paper's ImageNet recipe
         "model": f"{KIND}-XL/2", "batch": 256, "lr": 1e-4, "ema": 0.9999, "steps": 400_000,
         "eval_every": 50_000, "eval_samples": 5000, "eval_steps": 250, "eval_batch": 64,

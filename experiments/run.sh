@@ -129,9 +129,11 @@ fig4() {  # CFG on top of MG
 late() {  # three times the steps, where guidance no longer helps
   for w in 1.1 1.25; do run late-w$w train_sit_mg.py --w $w --steps 2400; done
   for w in 1.5 1.75; do run late-fall$w experiments/fall.py --w $w --steps 2400; done
+}
+late_auto() {
   run late-auto train_sit_mg.py --w auto --eval-every 100 --eval-samples 500 --steps 2400
 }
-late_draw() {
+late_auto_draw() {
   draw late-auto 2000
 }
 
@@ -141,8 +143,8 @@ mnist_images() {
   command+=" && python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28"
   once out/mnist-28.done "$command"
 }
-mnist() {  # one seed
-  local train="python train_sit_mg.py --data out/mnist-28 --eval-samples 0 --batch 32 --steps 4000"
+mnist() {  # the preset, one seed
+  local train="python train_sit_mg.py --data out/mnist-28 --eval-samples 0"
   for run in "plain --w 1" "ema" "online --teacher online" \
       "quarter --teacher online --guide-share 0.25"; do
     set -- $run
@@ -165,7 +167,8 @@ mnist_score() {
 }
 
 parts="sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4
-  table5 table5_draw table6 fig4 late late_draw mnist_images mnist mnist_draw mnist_score"
+  table5 table5_draw table6 fig4 late late_auto late_auto_draw mnist_images
+  mnist mnist_draw mnist_score"
 for part in ${*:-$parts}; do
   declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }
   $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>> $out/stderr.txt
