@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import fid
 import models
 from data import Data
+from sample import save_grid
 
 PREPARED, WEIGHTS = ROOT / "out" / "mnist-28", ROOT / "out" / "mnist-cnn.pt"
 
@@ -62,7 +63,7 @@ def net(images, labels):
         net.load_state_dict(torch.load(WEIGHTS))
         return net.requires_grad_(False)
     held_out = torch.arange(len(images)) % 5 == 0
-    images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     labels = torch.from_numpy(labels)
     x_train, y_train = images[~held_out], labels[~held_out]
     optimizer = torch.optim.Adam(net.parameters())
@@ -94,6 +95,8 @@ def score(files):
         s = fid.evaluate(file, reference, batch=500)
         print(f"| {file} | {s['fid']:.2f} | {s['accuracy']:.3f} | {s['precision']:.3f} | "
               f"{s['recall']:.3f} |", flush=True)
+    firsts = np.concatenate([np.load(file)["arr_0"][:20] for file in files])
+    save_grid(firsts, ROOT / "out" / "mnist-ways.png", 20)  # a row for each file
 
 
 if __name__ == "__main__":

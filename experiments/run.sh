@@ -163,7 +163,9 @@ mnist_draw() {
   once $dir/cfg2.npz "python sample.py $dir/ckpt.pt $flags --cfg 2 --out $dir/cfg2.npz"
 }
 mnist_score() {
-  echo "python experiments/mnist.py score $out/mnist-*/500.npz $out/mnist-plain-s0/cfg2.npz"
+  local files="$out/mnist-plain-s0/500.npz $out/mnist-plain-s0/cfg2.npz"
+  for run in ema online quarter; do files+=" $out/mnist-$run-s0/500.npz"; done
+  echo "python experiments/mnist.py score $files"
 }
 
 parts="sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4
