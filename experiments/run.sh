@@ -27,7 +27,7 @@ draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., sco
     local file=$out/$name-$suffix-s$seed
     local command="python sample.py $out/$name-s$seed/ckpt.pt --out $file.npz --seed $seed $*"
     command+=" --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
-    once $file.done "$command && python fid.py $file.npz digits > $file.tmp && mv $file.tmp $file.md"
+    once $file.md "$command && python fid.py $file.npz digits > $file.tmp && mv $file.tmp $file.md"
   done
 }
 
