@@ -6,6 +6,8 @@
     torchrun --nproc-per-node 8 fid.py samples.npz reference.npz   # split over GPUs, same figures
 
 The evaluator is openai/guided-diffusion's. Images are uint8, HWC in files and CHW in tensors.
+ADM's acceptance test (not run here): admnet_guided_upsampled_imagenet256.npz against the reference
+above must give IS 215.837, FID 3.94256, sFID 6.1404, precision 0.8265, recall 0.5309.
 """
 import json
 import math

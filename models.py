@@ -280,6 +280,8 @@ def setup():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # One rank may work alone for hours (evaluation, files); torchrun detects a dead one.
+        # torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with torch 2.13, which
+        # hands restarted processes the address of the first attempt.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                 timeout=datetime.timedelta(days=7))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
