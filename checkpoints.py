@@ -106,16 +106,13 @@ def initialize_from(path, name, shape):
         notes.append(f"warning: --init {path} was trained without an empty class")
     if notes:
         notes.append("give --start-step N: guidance needs some plain training of the empty class")
-    fresh, renewable = model.state_dict(), ("y_embedder.", "w_embedder.")
-    unknown = [key for key in state if key not in fresh]
-    misfits = [key for key, value in fresh.items() if not key.startswith(renewable)
-               and (key not in state or state[key].shape != value.shape)]
-    if unknown or misfits or source.kind != model.kind:
+    try:
+        model.load_state_dict(model.state_dict() | state)
+    except RuntimeError as e:  # names tensors that are unknown or of another shape
         raise ValueError(f"--init {path}: its {config['model']} for {source.in_channels}x"
                          f"{source.input_size}x{source.input_size} doesn't fit {name} for "
                          f"{model.in_channels}x{model.input_size}x{model.input_size} "
-                         f"({[*unknown, *misfits, 'kind'][0]})")
-    model.load_state_dict(fresh | state)
+                         f"({str(e).splitlines()[-1].strip()})") from None
     return model, notes
 
 
@@ -218,21 +215,20 @@ def from_public(checkpoint, weights, path):
 # ---------------------------------------------------------------- diffusers' DiTPipeline
 
 def layers(depth):
-    """Yields (our linear layer, its name in diffusers, which third of ours that is)."""
-    yield "x_embedder.proj", "pos_embed.proj", None
-    yield "final_layer.linear", "proj_out_2", None
-    yield "final_layer.adaLN_modulation.1", "proj_out_1", None
+    """Yields (our linear layer, diffusers' names of its parts)."""
+    yield "x_embedder.proj", ["pos_embed.proj"]
+    yield "final_layer.linear", ["proj_out_2"]
+    yield "final_layer.adaLN_modulation.1", ["proj_out_1"]
     for i in range(depth):
         ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
-        for layer in 0, 2:  # diffusers keeps a copy in each block
-            embedder = f"norm1.emb.timestep_embedder.linear_{layer // 2 + 1}"
-            yield f"t_embedder.mlp.{layer}", f"{theirs}.{embedder}", None
-        yield f"{ours}.adaLN_modulation.1", f"{theirs}.norm1.linear", None
-        for third, name in enumerate(["to_q", "to_k", "to_v"]):
-            yield f"{ours}.attn.qkv", f"{theirs}.attn1.{name}", third
-        yield f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0", None
-        yield f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj", None
-        yield f"{ours}.mlp.fc2", f"{theirs}.ff.net.2", None
+        embedder = f"{theirs}.norm1.emb.timestep_embedder"  # diffusers keeps a copy in each block
+        yield "t_embedder.mlp.0", [f"{embedder}.linear_1"]
+        yield "t_embedder.mlp.2", [f"{embedder}.linear_2"]
+        yield f"{ours}.adaLN_modulation.1", [f"{theirs}.norm1.linear"]
+        yield f"{ours}.attn.qkv", [f"{theirs}.attn1.to_{part}" for part in "qkv"]
+        yield f"{ours}.attn.proj", [f"{theirs}.attn1.to_out.0"]
+        yield f"{ours}.mlp.fc1", [f"{theirs}.ff.net.0.proj"]
+        yield f"{ours}.mlp.fc2", [f"{theirs}.ff.net.2"]
 
 
 TABLE = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
@@ -272,10 +268,10 @@ def to_diffusers(model, config, vae, folder):
         num_embeds_ada_norm=model.num_classes)
     new = {TABLE.format(i): state["y_embedder.embedding_table.weight"] for i in range(depth)}
     rest = state.keys() - {"y_embedder.embedding_table.weight", "pos_embed"}
-    for ours, theirs, third in layers(depth):
+    for ours, theirs in layers(depth):
         for part in "weight", "bias":
-            value = state[f"{ours}.{part}"]
-            new[f"{theirs}.{part}"] = value if third is None else value.chunk(3)[third]
+            values = state[f"{ours}.{part}"].chunk(len(theirs))
+            new |= {f"{name}.{part}": value for name, value in zip(theirs, values, strict=True)}
             rest -= {f"{ours}.{part}"}
     if rest:
         raise ValueError(f"--to-diffusers {folder}: diffusers' DiT has no {min(rest)}")
@@ -313,11 +309,10 @@ def from_diffusers(folder):
     state = {"y_embedder.embedding_table.weight": their_state[TABLE.format(0)],
              "pos_embed": models.position_embedding(transformer.inner_dim,
                                                     c.sample_size // c.patch_size)}
-    for ours, theirs, third in layers(c.num_layers):
+    for ours, theirs in layers(c.num_layers):
         for part in "weight", "bias":
-            value = their_state[f"{theirs}.{part}"]
-            before = [state[f"{ours}.{part}"]] if third else []
-            state[f"{ours}.{part}"] = torch.cat([*before, value])
+            values = [their_state[f"{name}.{part}"] for name in theirs]
+            state[f"{ours}.{part}"] = torch.cat(values)
     size = size_name(c.num_layers, transformer.inner_dim, c.num_attention_heads, folder)
     return state, {
         "model": f"DiT-{size}/{c.patch_size}", "input_size": c.sample_size,

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -401,16 +400,10 @@ def read_rows(path, shape, parts):
 
 # ---------------------------------------------------------------- evaluation
 
-def total(x):  # summed over the processes, in place
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def statistics(net, images, *, batch, keep, labels=None):
+def statistics(net, images, *, batch, keep):
     """One pass of the images through net, shared out among the processes; sums are in float64.
 
-    -> (stats, Inception Score, share of `labels` that net agrees with), the same in every process.
+    -> (stats, Inception Score, share of the images' labels that net agrees with), everywhere alike.
     stats: mu, sigma (of pool), mu_s, sigma_s (of spatial), pool (of the first `keep` images), shape
     """
     rank, world = models.ranks()
@@ -420,7 +413,7 @@ def statistics(net, images, *, batch, keep, labels=None):
               "features, FID comes out too high", file=sys.stderr)
     # Moments are of differences from rank 0's features of the first image: so nothing cancels.
     _, first = next(images.batches(1))
-    origins = [total(x[0].double() * (rank == 0)) for x in net(first.to(device))[:2]]
+    origins = [models.reduce(x[0].double() * (rank == 0)) for x in net(first.to(device))[:2]]
     zeros = origins[0].new_zeros
     sums, products = [zeros(len(x)) for x in origins], [zeros(len(x), len(x)) for x in origins]
     kept = torch.zeros(min(count, keep), net.widths[0], device=device)
@@ -438,20 +431,21 @@ def statistics(net, images, *, batch, keep, labels=None):
         p, split = probs.double(), (rows // SPLIT).to(device)
         p_sum.index_add_(0, split, p)
         p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
-        if labels is not None:
-            right += (probs.argmax(1) == torch.as_tensor(labels)[rows].to(device)).sum()
-    stats = {"pool": total(kept).cpu().numpy(), "shape": np.array(images.shape)}
+        if images.labels is not None:
+            right += (probs.argmax(1) == torch.from_numpy(images.labels)[rows].to(device)).sum()
+    stats = {"pool": models.reduce(kept).cpu().numpy(), "shape": np.array(images.shape)}
     for i, suffix in enumerate(("", "_s")):
-        mean, product = total(sums[i]) / count, total(products[i])
+        mean, product = models.reduce(sums[i]) / count, models.reduce(products[i])
         sigma = (product - count * torch.outer(mean, mean)) / (count - 1)
         if not sigma.isfinite().all():
             raise ValueError(f"{images.name}: features are not finite; are the weights right?")
         stats[f"mu{suffix}"] = (origins[i] + mean).cpu().numpy()
         stats[f"sigma{suffix}"] = sigma.cpu().numpy()
     n = torch.bincount(torch.arange(count) // SPLIT).to(device)
-    marginal = total(p_sum) / n[:, None]
-    kl = total(p_log_p) / n - torch.xlogy(marginal, marginal).sum(1)  # as in inception_score()
-    return stats, kl.exp().mean().item(), total(right).item() / count
+    marginal = models.reduce(p_sum) / n[:, None]
+    entropy = -torch.xlogy(marginal, marginal).sum(1)  # as in inception_score()
+    kl = models.reduce(p_log_p) / n + entropy
+    return stats, kl.exp().mean().item(), models.reduce(right).item() / count
 
 
 def load_reference(reference, features="inception", *, size=None, weights=None, batch=64):
@@ -471,7 +465,7 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     prepared = data.is_prepared(name)
     file = os.path.join(name, "inception.npz") if prepared else name
     # Rank 0 looks for all: another run may be about to write it.
-    found = total(torch.tensor(float(rank == 0 and os.path.isfile(file))))
+    found = models.reduce(torch.tensor(float(rank == 0 and os.path.isfile(file))))
     headers = npz_headers(file) if found else {}
     stats, images, shape = {}, None, DIGIT if digits else None
     if "mu" in headers:
@@ -504,12 +498,11 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     return SimpleNamespace(name=name, net=net, stats=stats, shape=shape)
 
 
-def evaluate(samples, reference, features="inception", *, weights=None, batch=64, labels=None):
+def evaluate(samples, reference, features="inception", *, weights=None, batch=64):
     """{"fid", "sfid", "is", "precision", "recall"}, and for digits with labels "accuracy".
 
     samples: an .npz with arr_0 uint8 (N, H, W, C), a folder of images, or such an array.
     reference: what load_reference() takes, or what it returned, with its features and weights.
-    labels: (N,) what the samples should show; by default the .npz's "labels".
     Precision and recall are nan where the reference is statistics alone.
     Collective under torch.distributed: every process reads its share and gets the same figures.
     """
@@ -519,9 +512,8 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
         ref = load_reference(ref, features, size=images.shape[0], weights=weights, batch=batch)
     if ref.shape and images.shape != ref.shape:
         raise ValueError(f"{images.name}: images of {images.shape}, but {ref.shape} in {ref.name}")
-    labels = images.labels if labels is None else labels
     keep = images.count if "pool" in ref.stats else 0  # only precision and recall need them
-    stats, score, accuracy = statistics(ref.net, images, batch=batch, keep=keep, labels=labels)
+    stats, score, accuracy = statistics(ref.net, images, batch=batch, keep=keep)
     figures = torch.zeros(4, dtype=torch.float64)
     if models.ranks()[0] == 0:  # the other processes add zeros
         device = next(ref.net.parameters()).device
@@ -531,9 +523,9 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
         if keep:
             real, fake = (torch.from_numpy(x["pool"]).to(device) for x in (ref.stats, stats))
             figures[2], figures[3] = precision_recall(real, fake)
-    fid, sfid, precision, recall = total(figures).tolist()
+    fid, sfid, precision, recall = models.reduce(figures).tolist()
     scores = {"fid": fid, "sfid": sfid, "is": score, "precision": precision, "recall": recall}
-    if labels is not None and isinstance(ref.net, DigitsNet):
+    if images.labels is not None and isinstance(ref.net, DigitsNet):
         scores["accuracy"] = accuracy
     return scores
 

@@ -293,10 +293,16 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def reduce(x, op=dist.ReduceOp.SUM):
+    """The sum of x over the processes, or another op, in place; x itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x
+
+
 def barrier():
     """Waits for the other processes, if there are any; on the CPU, so that no GPU takes part."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+    reduce(torch.zeros(1))
 
 
 def run(main):

@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -262,14 +261,13 @@ def save_log(rows, path):
 
 
 def save_curves(rows, path):
-    """The rows of a log: loss, the score where it was taken twice or more, w where it moved."""
+    """The rows of a log: loss, score and w, each where it was logged and moved."""
     from matplotlib.figure import Figure
-    curves = {"loss": [(row["step"], row["loss"]) for row in rows],
-              "Fréchet distance": [(row["step"], row["fid"]) for row in rows if "fid" in row],
-              "w": [(row["step"], row["w"]) for row in rows if row["w"] != ""]}
-    if len({w for _, w in curves["w"]}) < 2:
-        del curves["w"]
-    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    curves = {}
+    for name, key in ("loss", "loss"), ("Fréchet distance", "fid"), ("w", "w"):
+        points = [(row["step"], row[key]) for row in rows if row.get(key, "") != ""]
+        if len({value for _, value in points}) > 1:
+            curves[name] = points
     figure = Figure(figsize=(4.5 * max(1, len(curves)), 3.2), layout="tight")
     for i, (name, points) in enumerate(curves.items(), 1):
         axis = figure.add_subplot(1, len(curves), i)
@@ -283,43 +281,39 @@ def save_curves(rows, path):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv):
-    positive = models.number("[1, inf)", int)
-    p = models.command_line(__doc__)
-    p.add_argument("checkpoint", metavar="CKPT", help="a file, or the folder of a DiTPipeline")
-    p.add_argument("--labels", nargs="+", metavar="CLASS",
-                   help="classes to draw, by name or number; in a .png a row each [.png: 0 to 9]")
-    p.add_argument("--class-labels", choices=["balanced", "random"],
-                   help="instead: all classes in turn, or drawn from --seed [.npz: balanced]")
-    p.add_argument("--num-samples", type=positive, metavar="N", help="images in all [8 a label]")
-    p.add_argument("--sampler", choices=SAMPLERS, metavar="NAME",
-                   help="SiT: euler-maruyama, euler or heun; DiT: ddpm or ddim [the first]")
-    p.add_argument("--steps", type=positive, default=250, metavar="N",
-                   help="network calls, heun 2N-1; DiT up to 1000 [%(default)s]")
-    p.add_argument("--w", type=models.number(),
-                   help="guidance scale of a scale-aware checkpoint, one pass [1]")
-    p.add_argument("--cfg", type=models.number(), default=1.0,
-                   help="classifier-free guidance, two passes; 1 is off [%(default)s]")
-    p.add_argument("--interval", type=models.number("[0, 1]"), nargs=2, default=[0.0, 1.0],
-                   metavar=("LO", "HI"), help="noise times at which --cfg acts, 1 is noise [0 1]")
-    p.add_argument("--seed", type=models.number("[0, 2147483647]", int), default=0,
-                   help="image i is drawn from seed * 2^32 + i [%(default)s]")
-    p.add_argument("--batch", type=positive, default=64, metavar="N",
-                   help="images at a time, per process [%(default)s]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
-                   help="of the network's passes [%(default)s]")
-    p.add_argument("--raw", action="store_true", help="the trained weights, not the EMA [off]")
-    p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [trained with]")
-    p.add_argument("--out", default="samples.png", metavar="FILE",
-                   help="a .png, or an .npz with arr_0 (uint8 NHWC) and labels [%(default)s]")
+    p, number = models.command_line(__doc__), models.number
+    add, positive = p.add_argument, number("[1, inf)", int)
+    either = p.add_mutually_exclusive_group().add_argument
+    add("checkpoint", metavar="CKPT", help="a file, or the folder of a DiTPipeline")
+    either("--labels", nargs="+", metavar="CLASS",
+           help="classes to draw, by name or number; in a .png a row each [.png: 0 to 9]")
+    either("--class-labels", choices=["balanced", "random"],
+           help="instead: all classes in turn, or drawn from --seed [.npz: balanced]")
+    add("--num-samples", type=positive, metavar="N", help="images in all [8 a label]")
+    add("--sampler", choices=SAMPLERS, metavar="NAME",
+        help="SiT: euler-maruyama, euler or heun; DiT: ddpm or ddim [the first]")
+    add("--steps", type=positive, default=250, metavar="N",
+        help="network calls, heun 2N-1; DiT up to 1000 [%(default)s]")
+    add("--w", type=number(), help="guidance scale of a scale-aware checkpoint, one pass [1]")
+    add("--cfg", type=number(), default=1.0,
+        help="classifier-free guidance, two passes; 1 is off [%(default)s]")
+    add("--interval", type=number("[0, 1]"), nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),
+        help="noise times at which --cfg acts, 1 is noise [0 1]")
+    add("--seed", type=number("[0, 2147483647]", int), default=0,
+        help="image i is drawn from seed * 2^32 + i [%(default)s]")
+    add("--batch", type=positive, default=64, metavar="N",
+        help="images at a time, per process [%(default)s]")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32",
+        help="of the network's passes [%(default)s]")
+    add("--raw", action="store_true", help="the trained weights, not the EMA [off]")
+    add("--vae", metavar="NAME", help="hub name or folder of the decoder [trained with]")
+    add("--out", default="samples.png", metavar="FILE",
+        help="a .png, or an .npz with arr_0 (uint8 NHWC) and labels [%(default)s]")
     args = p.parse_args(argv)
     if not args.out.endswith((".png", ".npz")):
         p.error(f"--out {args.out}: must end in .png or .npz")
-    if Path(args.out).is_dir():
-        p.error(f"--out {args.out}: is a folder")
     if args.interval != [0.0, 1.0] and args.cfg == 1:
         p.error("--interval: is where --cfg acts; give --cfg")
-    if args.labels and args.class_labels:
-        p.error(f"--class-labels {args.class_labels}: not together with --labels")
     if args.interval[0] >= args.interval[1]:
         p.error("--interval: LO must be below HI")
     return args
@@ -367,11 +361,10 @@ def main(argv=None):
     if rank == 0 and args.cfg != 1 and config.get("drop") == 0:
         print(f"warning: {args.checkpoint} was trained with --drop 0: CFG needs the empty class",
               file=sys.stderr)
-    if rank == 0 and args.w is not None and config.get("w_range"):
-        low, high = config["w_range"]
-        if not (low <= args.w <= high or args.w == 1):
-            print(f"warning: --w {args.w} is outside of what was trained, {low} to {high}",
-                  file=sys.stderr)
+    low, high = config.get("w_range") or (1, 1)
+    if rank == 0 and args.w not in (None, 1) and not low <= args.w <= high:
+        print(f"warning: --w {args.w} is outside of what was trained, {low} to {high}",
+              file=sys.stderr)
     record = {"checkpoint": args.checkpoint, "step": config["step"], "weights": weights,
               "model": config["model"], "trained_w": config.get("w_range") or config["w"],
               "vae": vae_name, "class_labels": rule}

@@ -921,9 +921,15 @@ def test_prepared_latents_are_what_encode_gives(tmp_path):
     assert fork(killed)[0] == [-signal.SIGKILL]
     assert "not complete" in error(lambda: data.Data(tmp_path / "killed"))
     prepare(folder, tmp_path / "killed", *flags)
+    for number in 1, 2, 3:
+        def killed_early(_, number=number):
+            os.replace = before(os.replace, number, lambda *_: kill())
+            prepare(folder, tmp_path / f"early{number}", *flags)
+        assert fork(killed_early)[0] == [-signal.SIGKILL]
+        prepare(folder, tmp_path / f"early{number}", *flags)
     codes, words = fork(lambda _: prepare(folder, tmp_path / "two", *flags[:2]), 2)
     assert codes == [0, 0], words
-    for name in "killed", "two":
+    for name in "killed", "early1", "early2", "early3", "two":
         assert sorted(os.listdir(tmp_path / name)) == ["data.json", "x.npy"]
         for file in "data.json", "x.npy":
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
@@ -953,9 +959,9 @@ def test_data_refuses(tmp_path, capsys):
     assert "another images_sha256" in refused()
     assert "neither digits nor prepared" in error(lambda: data.Data(folder))
     os.truncate(out / "x.npy", 300)
-    assert "x.npy is missing or damaged" in error(lambda: data.Data(out))
+    assert "x.npy is missing, damaged" in error(lambda: data.Data(out))
     (out / "data.json").write_text("[1]")
-    assert "data.json is damaged" in error(lambda: data.Data(out))
+    assert "data.json or x.npy" in error(lambda: data.Data(out))
 
 
 def test_each_image_once_an_epoch():
@@ -1139,6 +1145,7 @@ def test_a_signal_to_one_process_saves_all(tmp_path):
 def test_a_signal_in_an_evaluation_ends_at_once(tmp_path, monkeypatch):
     """A later run makes up for it; a finished one is not drawn again."""
     flags = "--steps", 4, "--eval-samples", 8
+    (tmp_path / "samples.png").touch()  # of a run whose checkpoint was deleted
 
     def signalled(_):
         train_sit_mg.evaluate = lambda *_, **__: kill(signal.SIGTERM)
@@ -1146,7 +1153,7 @@ def test_a_signal_in_an_evaluation_ends_at_once(tmp_path, monkeypatch):
     assert fork(signalled)[0] == [-signal.SIGTERM]
     assert load(tmp_path)["step"] == 4
     run = train("SiT", tmp_path, *flags)
-    assert run["log"][-1]["fid"] > 0 and (tmp_path / "samples.png").exists()
+    assert run["log"][-1]["fid"] > 0 and (tmp_path / "samples.png").stat().st_size > 0
     monkeypatch.setattr(train_sit_mg, "evaluate", None)
     same(train("SiT", tmp_path, *flags), run)
 
@@ -1241,7 +1248,7 @@ def test_training_on_images_of_ones_own(vae, tmp_path, inception_file):
 @pytest.mark.parametrize(("line", "says"), [
     ("sample.py --labels 10", "--labels 10: neither a class"),
     ("sample.py --labels 1 2 --num-samples 3", "--num-samples 3: must be a multiple"),
-    ("sample.py --labels 1 --class-labels random", "--class-labels random"),
+    ("sample.py --labels 1 --class-labels random", "--class-labels: not allowed"),
     ("sample.py --out x.jpg", "--out x.jpg"), ("sample.py --steps 0", "--steps: 0"),
     ("sample.py --interval 0.5 0.5", "--interval"), ("sample.py --interval 0 0.5", "give --cfg"),
     ("sample.py --sampler ddpm", "takes euler-maruyama"), ("sample.py --num 3", "--num"),
@@ -1672,7 +1679,9 @@ def test_evaluate_is_its_parts(monkeypatch):
         want[key] = fid.frechet_distance(f.mean(0), np.cov(f.T), g.mean(0), np.cov(g.T))
     want["precision"], want["recall"] = fid.precision_recall(p1[:1000], p2)
     for batch in (1, 7, 64):
-        assert fid.evaluate(x, reference, batch=batch, labels=y) == pytest.approx(want, rel=1e-5)
+        images = fid.Images(x)
+        images.labels = y
+        assert fid.evaluate(images, reference, batch=batch) == pytest.approx(want, rel=1e-5)
     same = fid.evaluate(real[:1000], real[:1000], "digits")
     assert same["fid"] < 1e-6 and same["sfid"] < 1e-6 and same["precision"] == same["recall"] == 1
     black = fid.evaluate(np.zeros((70, 8, 8, 1), np.uint8), reference)  # a collapsed model

@@ -212,8 +212,7 @@ def parse_args(argv):
     if 0 < args.eval_samples < 4:
         p.error(f"--eval-samples {args.eval_samples}: must be 0, or 4 and more")
     if args.out is None:
-        scales = args.w_range or [args.w]
-        name = "-".join(str(w).removesuffix(".0") for w in scales)
+        name = "-".join(str(w).removesuffix(".0") for w in args.w_range or [args.w])
         args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).resolve().name}-w{name}"
     return args, data
 
@@ -258,7 +257,7 @@ def evaluate(args, ema, data, vae, reference, record, cfg=1.0):
     if models.ranks()[0] == 0:
         with np.load(path) as samples:
             save_classes(samples["arr_0"], labels, path.with_suffix(".png"))
-    return fid.evaluate(path, reference, labels=labels) if args.eval_samples else {}
+    return fid.evaluate(path, reference) if args.eval_samples else {}
 
 
 def main(argv=None):
@@ -291,15 +290,13 @@ def train(args, data, rank, world, device):
     model.recompute, model = args.recompute, model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
-    first, rows, losses, w_now = 0, [], torch.zeros(0, device=device), 1.0 if auto else args.w
+    step, rows, losses, w_now = 0, [], torch.zeros(0, device=device), 1.0 if auto else args.w
     if last:
         for key, target in ("model", model), ("ema", ema), ("optimizer", optimizer):
             target.load_state_dict(last[key])
-        first, rows, losses, w_now = last["step"], last["log"], last["losses"].to(device), last["w"]
+        step, rows, losses, w_now = last["step"], last["log"], last["losses"].to(device), last["w"]
         del last
-    agreed = torch.tensor([first, -first])
-    if world > 1:
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    agreed = models.reduce(torch.tensor([step, -step]), dist.ReduceOp.MAX)
     if agreed.sum():
         raise ValueError(f"--out {out}: one process finds step {agreed[0]} in it and another "
                          f"{-agreed[1]}; it must be a folder that all machines share")
@@ -333,17 +330,14 @@ def train(args, data, rank, world, device):
         record = {"checkpoint": str(out / "ckpt.pt"), "step": step, "weights": "ema",
                   "model": args.model, "trained_w": args.w_range or w_now, "vae": data.vae,
                   "class_labels": "balanced"}
-        more = False  # guidance; Sec. 3.3 gives auto-paper's rule in words
-        before = [row["fid"] for row in rows if "fid" in row]
+        # w rises where a rival has the better FID: the same network with CFG on top, or for
+        # auto-paper the network at the last evaluation (Sec. 3.3 gives that rule in words).
+        rival = next((row["fid"] for row in reversed(rows) if "fid" in row), np.inf)
         if args.w == "auto" and step < args.steps:
-            with_cfg = evaluate(args, ema, data, vae, reference, record, cfg=AUTO_CFG)
+            rival = evaluate(args, ema, data, vae, reference, record, cfg=AUTO_CFG)["fid"]
         scores = evaluate(args, ema, data, vae, reference, record)
         if auto and step < args.steps:
-            if args.w == "auto":
-                more = with_cfg["fid"] < scores["fid"]
-            elif before:
-                more = scores["fid"] > before[-1]
-            w_now += AUTO_RATE * ((AUTO_MAX if more else 1) - w_now)
+            w_now += AUTO_RATE * ((AUTO_MAX if rival < scores["fid"] else 1) - w_now)
         rows[-1] |= scores
         draw_log()
         if rank == 0 and scores:
@@ -361,19 +355,18 @@ def train(args, data, rank, world, device):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
-    step, signals = first, []
-    scored = (out / "samples.png").exists() and (not args.eval_samples or "fid" in rows[-1])
-    if step and due(step) and not scored:  # the run ended in this evaluation
-        score()
+    if step and due(step) and (not (out / "samples.png").exists()
+                               or args.eval_samples and "fid" not in rows[-1]):
+        score()  # the run ended in this evaluation
         rewrite = True
     if rewrite:
         save()
     if step:  # the log may be gone, or ahead of the checkpoint
         draw_log()
     bar = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0)
-    begin, since = time.perf_counter(), step
-    listen(note)
+    begin, since, signals = time.perf_counter(), step, []
     while step < args.steps:
+        listen(note)
         # ---------------- the training step. All is drawn for the whole batch, from (seed, step):
         # every number of processes and every --accum give the same run. Small draws on the CPU.
         index, cpu = data.index(args.seed, step, batch), models.generator(args.seed, 0, step)
@@ -417,17 +410,14 @@ def train(args, data, rank, world, device):
         # ---------------- log, save, evaluate
         step += 1
         bar.update()
-        ended = torch.tensor(signals[0][0] if signals else 0)
-        if world > 1:
-            dist.all_reduce(ended, dist.ReduceOp.MAX)  # on the CPU; no GPU waits
+        ended = torch.tensor(signals[0][0] if signals else 0)  # on the CPU: no GPU waits
+        ended = models.reduce(ended, dist.ReduceOp.MAX)
         saving = step == args.steps or args.save_every and (
             due(step) or step % args.save_every == 0)
         logging = saving or due(step) or step % args.log_every == 0
         if not (logging or ended):
             continue
-        if world > 1:
-            dist.all_reduce(losses)
-            losses /= world
+        losses = models.reduce(losses) / world
         if not torch.stack([x.isfinite().all() for x in (losses, *ema_weights)]).all():
             raise ValueError(f"the loss or a weight is not finite at step {step}; earlier "
                              f"checkpoints stay. Lower --lr or --w, or give --clip")
@@ -447,14 +437,12 @@ def train(args, data, rank, world, device):
                 print(f"step {step} is saved in {out}; run the same command to resume")
             raise SystemExit(128 + ended.item())
         if due(step):
-            listen(signal.SIG_DFL)
+            listen(signal.SIG_DFL)  # in an evaluation, signals end the process at once
             score()
             if saving:
                 save()
-            listen(note)
         begin, since = time.perf_counter(), step
     bar.close()
-    listen(signal.SIG_DFL)
     if rank == 0:
         print(f"{out} has ckpt.pt, log.csv, curves.png, samples.png and samples.npz")
 
