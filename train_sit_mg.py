@@ -120,7 +120,7 @@ PRESETS = {  # by the kind of --data
         "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "eval_batch": 500,
         "save_every": 400, "log_every": 50},
     "pixels": {  # small images of your own
-        "model": f"{KIND}-T/2", "batch": 32, "lr": 2e-3, "ema": 0.999, "steps": 4000,
+        "model": f"{KIND}-T/2", "batch": 32, "lr": 2e-3, "ema": 0.999, "steps": 8000,
         "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "eval_batch": 50,
         "save_every": 500, "log_every": 50},
     "latents": {  # the paper's ImageNet recipe
