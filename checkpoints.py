@@ -58,23 +58,20 @@ def read_checkpoint(path):
 def read_last(path, config, steps):
     """What a run with this config goes on from: (checkpoint or None, lines to print, fell_back).
 
-    The file at path; where that can't be read, the one before it: fell_back.
+    The file at path; where that is missing or can't be read, the one before it: fell_back.
     ValueError: neither can be read, or it belongs to a run with other settings, or is beyond steps.
     """
-    files = [file for file in (path, previous(path)) if file.exists()]
+    files, errors = [file for file in (path, previous(path)) if file.exists()], []
     if not files:
         return None, [], False
-    notes = []
-    try:
-        last = read_checkpoint(files[0])
-    except ValueError as e:
-        if len(files) == 1:
-            raise
+    for file in files:
         try:
-            last = read_checkpoint(files[1])
-        except ValueError as e2:
-            raise ValueError(f"{e}; {e2}; delete both to start anew") from None
-        notes = [f"warning: {e}; resuming from the one before it"]
+            last = read_checkpoint(file)
+            break
+        except ValueError as e:
+            errors.append(str(e))
+    else:
+        raise ValueError("; ".join([*errors, "delete what is there to start anew"]))
     saved = last.get("config")
     if not isinstance(saved, dict) or "losses" not in last:
         raise ValueError(f"--out {path.parent}: has a ckpt.pt of something else; give another")
@@ -86,7 +83,8 @@ def read_last(path, config, steps):
                 f"from its weights with --init {path} --out NEW")
     if last["step"] > steps:
         raise ValueError(f"--steps {steps}: the run in {path.parent} is at step {last['step']}")
-    return last, [*notes, f"resuming from step {last['step']}"], bool(notes)
+    notes = [f"warning: {e}; resuming from the one before it" for e in errors]
+    return last, [*notes, f"resuming from step {last['step']}"], file != path
 
 
 def initialize_from(path, name, shape):
@@ -170,7 +168,7 @@ def from_public(checkpoint, weights, path):
     state = checkpoint.get(weights) if nested else checkpoint
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise ValueError(f"{path}: not a checkpoint with {weights} weights")
-    state = {key: x for key, x in state.items() if not key.startswith("projectors.")}  # REPA's
+    state = {key: x for key, x in state.items() if not str(key).startswith("projectors.")}  # REPA's
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])

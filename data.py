@@ -48,11 +48,14 @@ class Data:
                              f"python data.py FOLDER --size PIXELS --out DIR")
         if Path(name, "progress").exists():
             raise ValueError(f"--data {name}: not complete; run its data.py command again")
-        info, self.images = open_prepared(name)
-        self.kind, self.flip, self.classes = info["kind"], info["flip"], info["classes"]
-        self.vae, self.source, self.size = info["vae"], info["source"], info["size"]
-        self.labels = np.repeat(np.arange(len(self.classes)), info["counts"])
-        self.identity = [info[key] for key in ("images_sha256", "vae_sha256", "size", "flip")]
+        info, self.images = read_info(name), open_array(name)
+        try:
+            self.kind, self.flip, self.classes = info["kind"], info["flip"], info["classes"]
+            self.vae, self.source, self.size = info["vae"], info["source"], info["size"]
+            self.labels = np.repeat(np.arange(len(self.classes)), info["counts"])
+            self.identity = [info[key] for key in ("images_sha256", "vae_sha256", "size", "flip")]
+        except KeyError:
+            raise ValueError(f"--data {name}: not a folder that data.py prepared") from None
         self.shape = (3, self.size, self.size) if self.kind == "pixels" else self.images.shape[3:]
 
     def __len__(self):
@@ -170,15 +173,13 @@ def is_prepared(path):
     return os.path.isfile(os.path.join(path, "data.json"))
 
 
-def open_prepared(folder):
-    """FOLDER/data.json, a dict, and FOLDER/x.npy, memory-mapped. ValueError: they don't fit."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, EOFError):
-        info = dict(json.loads(Path(folder, "data.json").read_bytes()))
-        array = np.load(Path(folder, "x.npy"), mmap_mode="r")
-        if [*array.shape] == info["shape"]:
-            return info, array
-    raise ValueError(f"{folder}: its data.json or x.npy is missing, damaged or not data.py's; "
-                     f"prepare it anew, or give another folder")
+def read_info(folder):
+    """FOLDER/data.json as a dict. ValueError: it isn't one."""
+    try:
+        return dict(json.loads(Path(folder, "data.json").read_bytes()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder}: its data.json is damaged; delete it, or give "
+                         "another folder") from None
 
 
 def fill(folder, info, make, *, free=(), show=True):
@@ -194,7 +195,7 @@ def fill(folder, info, make, *, free=(), show=True):
         if rank == 0:
             begin(folder, json.loads(json.dumps(info)), free)
         models.barrier()
-        (_, array), progress, mine = open_prepared(folder), folder / "progress", []
+        array, progress, mine = open_array(folder), folder / "progress", []
         if progress.exists():
             missing = np.flatnonzero(np.fromfile(progress, np.uint8) == 0)
             mine = np.array_split(missing, world)[rank]
@@ -220,31 +221,42 @@ def fill(folder, info, make, *, free=(), show=True):
 
 
 def begin(folder, info, free):
-    """Makes what is missing in a folder of fill(): progress, x.npy, then data.json.
+    """Makes what is missing in a folder of fill(): data.json, progress, then x.npy.
 
     ValueError: it holds rows that were made with another info, or other files.
     """
-    progress, array = folder / "progress", folder / "x.npy"
-    begun = is_prepared(folder) and array.exists()
-    if begun:
-        saved, _ = open_prepared(folder)
+    progress = folder / "progress"
+    if is_prepared(folder):
+        saved = read_info(folder)
         other = [key for key in info if saved.get(key) != info[key] and key not in free]
-        if other and progress.exists() and not any(progress.read_bytes()):
-            begun = False  # no row has been made
+        untouched = progress.exists() and not any(progress.read_bytes())
+        if other and untouched:
+            for path in progress, folder / "x.npy":
+                path.unlink(missing_ok=True)
         elif other:
             raise ValueError(f"{folder} was made with another {other[0]}: use the same flags and "
                              f"files to resume, or delete it")
-    elif not progress.exists() and {*os.listdir(folder)} - {"progress.tmp"}:
+    elif {*os.listdir(folder)} - {"data.json.tmp"}:
         raise ValueError(f"{folder}: has other files in it; give a new or an empty folder")
-    if not begun:
+    with models.atomic(folder / "data.json") as f:
+        f.write(json.dumps(info, indent=1).encode() + b"\n")
+    if not (folder / "x.npy").exists():
         header = {"descr": info["dtype"], "fortran_order": False, "shape": tuple(info["shape"])}
         with models.atomic(progress) as f:  # a byte per row
             f.write(bytes(info["shape"][0]))
-        with models.atomic(array) as f:
+        with models.atomic(folder / "x.npy") as f:
             np.lib.format.write_array_header_1_0(f, header)
             f.truncate(f.tell() + math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize)
-    with models.atomic(folder / "data.json") as f:
-        f.write(json.dumps(info, indent=1).encode() + b"\n")
+
+
+def open_array(folder):
+    """FOLDER/x.npy, memory-mapped. ValueError: it is missing, or not what data.json says."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        array = np.load(Path(folder, "x.npy"), mmap_mode="r")
+        if [*array.shape] == read_info(folder)["shape"]:
+            return array
+    raise ValueError(f"{folder}: its x.npy is missing or damaged; delete the folder, or "
+                     "give another")
 
 
 # ---------------------------------------------------------------- python data.py

@@ -551,9 +551,9 @@ def main(argv=None):
     p.add_argument("--save-stats", type=Path, metavar="FILE", help="to keep REFERENCE's [off]")
     args = p.parse_args(argv)
     target = args.save_stats
-    inputs = [Path(path) for path in (*args.samples, args.reference)]
-    if target and (target in inputs or not target.parent.is_dir()):
-        raise ValueError(f"--save-stats {target}: must be a new file in a folder that exists")
+    inputs = [Path(path).resolve() for path in (*args.samples, args.reference)]
+    if target and (target.resolve() in inputs or not target.parent.is_dir()):
+        raise ValueError(f"--save-stats {target}: must not be an input, and its folder must exist")
     rank, _, _ = models.setup()
     samples = [Images(path) for path in args.samples]
     shape = samples[0].shape

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -215,7 +216,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
             with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
                 images = generate(model, labels[part], seeds, vae=vae, **options)
             yield images.numpy()
-    info = record | {"labels": labels.tolist(), "dtype": "|u1",
+    info = record | {"labels": labels.tolist(), "network_dtype": dtype, "dtype": "|u1",
                      "shape": [len(labels), size, size, channels]}
     images = fill(parts, info, make, show=resume)
     if rank == 0:
@@ -312,6 +313,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if not args.out.endswith((".png", ".npz")):
         p.error(f"--out {args.out}: must end in .png or .npz")
+    if Path(args.out).is_dir():
+        p.error(f"--out {args.out}: is a folder")
     if args.interval != [0.0, 1.0] and args.cfg == 1:
         p.error("--interval: is where --cfg acts; give --cfg")
     if args.interval[0] >= args.interval[1]:

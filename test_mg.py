@@ -703,6 +703,8 @@ def test_interrupted_sampling_goes_on(checkpoint, tmp_path, monkeypatch):
     assert "weights_sha256" in error(lambda: draw(own, tmp_path / "a.npz", *flags))
     shutil.copy(checkpoint, own)
     assert "another seed" in error(lambda: draw(own, tmp_path / "a.npz", *flags, "--seed", 1))
+    assert "another network_dtype" in error(
+        lambda: draw(own, tmp_path / "a.npz", *flags, "--dtype", "bf16"))
     monkeypatch.setattr(sample, "generate", lambda *a, **k: calls.append(1) or real(*a, **k))
     draw(own, tmp_path / "a.npz", *flags)
     assert len(calls) == 3
@@ -730,6 +732,7 @@ def test_balanced_labels_are_spread():
 
 
 def test_sample_knows_how_a_checkpoint_was_trained(tmp_path, capsys):
+    assert "--eval-steps 1001" in error(lambda: train("DiT", tmp_path, "--eval-steps", 1001))
     dit = save_random(tmp_path / "dit.pt", random_model("DiT-T/2"), "DiT-T/2", num_labels=3)
     for flags, says in ((["--sampler", "euler"], "takes ddpm or ddim"),
                         (["--steps", 1001], "--steps 1001"), (["--cfg", 2], "no empty class")):
@@ -959,9 +962,9 @@ def test_data_refuses(tmp_path, capsys):
     assert "another images_sha256" in refused()
     assert "neither digits nor prepared" in error(lambda: data.Data(folder))
     os.truncate(out / "x.npy", 300)
-    assert "x.npy is missing, damaged" in error(lambda: data.Data(out))
+    assert "x.npy is missing or damaged" in error(lambda: data.Data(out))
     (out / "data.json").write_text("[1]")
-    assert "data.json or x.npy" in error(lambda: data.Data(out))
+    assert "data.json is damaged" in error(lambda: data.Data(out))
 
 
 def test_each_image_once_an_epoch():
@@ -1097,6 +1100,13 @@ def test_a_full_disk_or_a_broken_file_leaves_the_checkpoint_before(whole, tmp_pa
     os.truncate(tmp_path / "ckpt.pt", 1000)
     same(train("SiT", tmp_path, "--steps", 9), whole)
     assert "truncated" in capsys.readouterr().out
+    for number in 1, 2:  # killed while the broken one is replaced
+        def killed(_, number=number):
+            os.replace = before(os.replace, number, lambda *_: kill())
+            train("SiT", tmp_path, "--steps", 9)
+        os.truncate(tmp_path / "ckpt.pt", 1000)
+        assert fork(killed)[0] == [-signal.SIGKILL]
+        same(train("SiT", tmp_path, "--steps", 9), whole)
     for name in "ckpt.pt", "ckpt-prev.pt":
         os.truncate(tmp_path / name, 1000)
     line = error(lambda: train("SiT", tmp_path, "--steps", 9))
@@ -1142,9 +1152,21 @@ def test_a_signal_to_one_process_saves_all(tmp_path):
     assert load(tmp_path)["step"] == 3
 
 
-def test_a_signal_in_an_evaluation_ends_at_once(tmp_path, monkeypatch):
+def test_a_step_that_a_signal_saved_can_become_the_last(tmp_path):
+    def stopped(_):
+        train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 2, lambda *_: kill(signal.SIGTERM))
+        train("SiT", tmp_path)
+    assert fork(stopped)[0] == [128 + signal.SIGTERM] and not load(tmp_path)["log"]
+    (tmp_path / "samples.png").touch()  # of an evaluation before
+    log = train("SiT", tmp_path, "--steps", 2)["log"]
+    assert [row["step"] for row in log] == [2] and log[0]["loss"] > 0
+    assert (tmp_path / "samples.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("samples", [0, 8])
+def test_a_signal_in_an_evaluation_ends_at_once(samples, tmp_path, monkeypatch):
     """A later run makes up for it; a finished one is not drawn again."""
-    flags = "--steps", 4, "--eval-samples", 8
+    flags = "--steps", 4, "--eval-samples", samples
     (tmp_path / "samples.png").touch()  # of a run whose checkpoint was deleted
 
     def signalled(_):
@@ -1153,7 +1175,8 @@ def test_a_signal_in_an_evaluation_ends_at_once(tmp_path, monkeypatch):
     assert fork(signalled)[0] == [-signal.SIGTERM]
     assert load(tmp_path)["step"] == 4
     run = train("SiT", tmp_path, *flags)
-    assert run["log"][-1]["fid"] > 0 and (tmp_path / "samples.png").stat().st_size > 0
+    assert ("fid" in run["log"][-1]) == (samples > 0)
+    assert (tmp_path / "samples.png").stat().st_size > 0
     monkeypatch.setattr(train_sit_mg, "evaluate", None)
     same(train("SiT", tmp_path, *flags), run)
 

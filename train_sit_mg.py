@@ -211,6 +211,8 @@ def parse_args(argv):
         p.error(f"--w {args.w}: moves at evaluations; give --eval-every and --eval-samples")
     if 0 < args.eval_samples < 4:
         p.error(f"--eval-samples {args.eval_samples}: must be 0, or 4 and more")
+    if KIND == "DiT" and args.eval_steps > 1000:
+        p.error(f"--eval-steps {args.eval_steps}: a DiT has 1 to 1000")
     if args.out is None:
         name = "-".join(str(w).removesuffix(".0") for w in args.w_range or [args.w])
         args.out = f"out/{args.model.replace('/', '-')}-{Path(args.data).resolve().name}-w{name}"
@@ -300,6 +302,8 @@ def train(args, data, rank, world, device):
     if agreed.sum():
         raise ValueError(f"--out {out}: one process finds step {agreed[0]} in it and another "
                          f"{-agreed[1]}; it must be a folder that all machines share")
+    if rewrite and rank == 0:  # unreadable: it must not replace the one before it
+        (out / "ckpt.pt").unlink(missing_ok=True)
     vae = models.load_vae(data.vae, device) if data.vae else None
     reference = fid.load_reference(
         args.reference or args.data, "digits" if data.kind == "digits" else "inception",
@@ -355,10 +359,15 @@ def train(args, data, rank, world, device):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
-    if step and due(step) and (not (out / "samples.png").exists()
-                               or args.eval_samples and "fid" not in rows[-1]):
-        score()  # the run ended in this evaluation
-        rewrite = True
+    if step and due(step):
+        fresh = not rows or rows[-1]["step"] != step  # a signal saved it, and it is due only now
+        if fresh:
+            rows.append({"step": step, "loss": losses.double().mean().item(),
+                         "images_per_s": "", "w": ""})
+        drawn = (out / "samples.png").exists() and (not args.eval_samples or "fid" in rows[-1])
+        if fresh or not drawn:  # the run ended in this evaluation
+            score()
+            rewrite = True
     if rewrite:
         save()
     if step:  # the log may be gone, or ahead of the checkpoint
@@ -429,6 +438,8 @@ def train(args, data, rank, world, device):
             losses = losses[:0]
             if rank == 0:
                 save_log(rows, out / "log.csv")
+        if due(step) and rank == 0:  # whose absence shows that the evaluation has to be made
+            (out / "samples.png").unlink(missing_ok=True)
         if saving or ended:
             save()
         if ended:
