@@ -88,8 +88,8 @@ def shell(*command, processes=0):
     return done.returncode, done.stdout
 
 
-def fork(function, world=1):
-    """function(rank) in forks of this process, set up as by torchrun: (exit codes, output)."""
+def fork(function, world=1, status=0):
+    """Runs function(rank) in forks, as torchrun does. All must end with status. -> their output."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -109,7 +109,9 @@ def fork(function, world=1):
         for process in processes:
             process.join()
         log.seek(0)
-        return [process.exitcode for process in processes], log.read()
+        words = log.read()
+    assert [process.exitcode for process in processes] == [status] * world, words
+    return words
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -521,7 +523,7 @@ def test_fixed_point_is_cfg_at_1_over_2_minus_w(w, teacher):
 
 @pytest.mark.parametrize("kind", ["SiT", "DiT"])
 @pytest.mark.parametrize("scale_aware", [False, True])
-def test_a_training_step_does_not_wait_for_the_device(kind, scale_aware):
+def test_mg_loss_does_not_wait_for_the_device(kind, scale_aware):
     """On the meta device whatever needs a value fails. What goes there from the CPU is counted."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -537,15 +539,11 @@ def test_a_training_step_does_not_wait_for_the_device(kind, scale_aware):
     b["x0"], b["noise"] = b["x0"].to("meta"), b["noise"].to("meta")
     others = (b["y"][:, None] + torch.arange(1, 4)) % 10
     models.schedule(torch.device("meta"))  # DiT's tables are there from the first step on
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     for options in {}, {"others": others, "guide": torch.arange(12) % 2 == 0, "share": 0.5}:
         copied.clear()
         with Copies():
             loss = SCRIPTS[kind].mg_loss(model, ema, w=1.5, **b, **options).mean()
         loss.backward()
-        optimizer.step()
-        weights = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_([p.detach() for p in ema.parameters()], weights, 0.1)
         k = int((~b["dropped"] & options.get("guide", torch.tensor(True))).sum())
         small = [(12,)] * 4 + [(k,)] + [(12, 3)] * len(options.get("others", [])[:1])
         assert sorted(copied) == sorted(small)  # t, w, dropped, y; the index; Eq. 23's labels
@@ -672,8 +670,7 @@ def test_samples_are_the_same_for_1_2_and_4_processes(checkpoint, tmp_path):
     flags = "--num-samples", 22, "--batch", 4, "--class-labels", "random", "--seed", 3
     for world in 1, 2, 4:
         out = tmp_path / f"{world}.npz"
-        codes, words = fork(lambda _, out=out: draw(checkpoint, out, *flags), world)
-        assert codes == [0] * world, words
+        fork(lambda _, out=out: draw(checkpoint, out, *flags), world)
     files = [np.load(tmp_path / f"{world}.npz") for world in (1, 2, 4)]
     images, labels = files[0]["arr_0"], files[0]["labels"]
     assert images.shape == (22, 8, 8, 1) and images.dtype == np.uint8
@@ -921,17 +918,16 @@ def test_prepared_latents_are_what_encode_gives(tmp_path):
     def killed(_):
         models.encode = before(models.encode, 6, lambda *_: kill())
         prepare(folder, tmp_path / "killed", *flags)
-    assert fork(killed)[0] == [-signal.SIGKILL]
+    fork(killed, status=-signal.SIGKILL)
     assert "not complete" in error(lambda: data.Data(tmp_path / "killed"))
     prepare(folder, tmp_path / "killed", *flags)
     for number in 1, 2, 3:
         def killed_early(_, number=number):
             os.replace = before(os.replace, number, lambda *_: kill())
             prepare(folder, tmp_path / f"early{number}", *flags)
-        assert fork(killed_early)[0] == [-signal.SIGKILL]
+        fork(killed_early, status=-signal.SIGKILL)
         prepare(folder, tmp_path / f"early{number}", *flags)
-    codes, words = fork(lambda _: prepare(folder, tmp_path / "two", *flags[:2]), 2)
-    assert codes == [0, 0], words
+    fork(lambda _: prepare(folder, tmp_path / "two", *flags[:2]), 2)
     for name in "killed", "early1", "early2", "early3", "two":
         assert sorted(os.listdir(tmp_path / name)) == ["data.json", "x.npy"]
         for file in "data.json", "x.npy":
@@ -1052,8 +1048,8 @@ def test_resuming_is_exact(kind, flags, tmp_path):
         script, number = SCRIPTS[kind], 14 if "--accum" in flags else 7
         script.mg_loss = before(script.mg_loss, number, lambda *_: kill(signal.SIGTERM))
         train(kind, b, *flags)
-    codes, words = fork(stopped)
-    assert codes == [128 + signal.SIGTERM] and "step 7 is saved" in words and load(b)["step"] == 7
+    words = fork(stopped, status=128 + signal.SIGTERM)
+    assert "step 7 is saved" in words and load(b)["step"] == 7
     same(train(kind, b, *flags), run)
     with open(b / "log.csv") as f:
         steps = [int(row["step"]) for row in csv.DictReader(f)]
@@ -1078,7 +1074,7 @@ def test_kill_9_while_saving(moment, number, whole, tmp_path):
             os.replace = before(os.replace, number, lambda *_: kill())
         train("SiT", tmp_path, "--steps", 9)
     save = torch.save
-    assert fork(dying)[0] == [-signal.SIGKILL]
+    fork(dying, status=-signal.SIGKILL)
     same(train("SiT", tmp_path, "--steps", 9), whole)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -1093,8 +1089,7 @@ def test_a_full_disk_or_a_broken_file_leaves_the_checkpoint_before(whole, tmp_pa
     def limited(_):
         checkpoints.save_checkpoint = before(checkpoints.save_checkpoint, 2, fill_up)
         train("SiT", tmp_path, "--steps", 9)
-    codes, words = fork(limited)
-    assert codes == [1] and "ckpt.pt can't be written: File too large" in words
+    assert "ckpt.pt can't be written: File too large" in fork(limited, status=1)
     assert load(tmp_path)["step"] == 4
     same(train("SiT", tmp_path, "--steps", 9), whole)
     os.truncate(tmp_path / "ckpt.pt", 1000)
@@ -1105,7 +1100,7 @@ def test_a_full_disk_or_a_broken_file_leaves_the_checkpoint_before(whole, tmp_pa
             os.replace = before(os.replace, number, lambda *_: kill())
             train("SiT", tmp_path, "--steps", 9)
         os.truncate(tmp_path / "ckpt.pt", 1000)
-        assert fork(killed)[0] == [-signal.SIGKILL]
+        fork(killed, status=-signal.SIGKILL)
         same(train("SiT", tmp_path, "--steps", 9), whole)
     for name in "ckpt.pt", "ckpt-prev.pt":
         os.truncate(tmp_path / name, 1000)
@@ -1123,8 +1118,7 @@ def test_processes_and_accumulation_change_rounding_alone(kind, flags, tmp_path)
         same(train(kind, tmp_path / f"a{accum}", *flags, "--accum", accum), run, 1e-4, 1e-4)
     for world in 2, 4:
         out = tmp_path / f"p{world}"
-        codes, words = fork(lambda _, out=out: train(kind, out, *flags), world)
-        assert codes == [0] * world, words
+        fork(lambda _, out=out: train(kind, out, *flags), world)
         same(load(out), run, 1e-4, 1e-4)
 
 
@@ -1147,8 +1141,8 @@ def test_a_signal_to_one_process_saves_all(tmp_path):
         if rank == 1:
             train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 3, interrupt)
         train("SiT", tmp_path, "--steps", 20)
-    codes, words = fork(signalled, 2)
-    assert codes == [130, 130] and words.count("step 3 is saved") == 1
+    words = fork(signalled, 2, status=128 + signal.SIGINT)
+    assert words.count("step 3 is saved") == 1
     assert load(tmp_path)["step"] == 3
 
 
@@ -1156,7 +1150,8 @@ def test_a_step_that_a_signal_saved_can_become_the_last(tmp_path):
     def stopped(_):
         train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 2, lambda *_: kill(signal.SIGTERM))
         train("SiT", tmp_path)
-    assert fork(stopped)[0] == [128 + signal.SIGTERM] and not load(tmp_path)["log"]
+    fork(stopped, status=128 + signal.SIGTERM)
+    assert not load(tmp_path)["log"]
     (tmp_path / "samples.png").touch()  # of an evaluation before
     log = train("SiT", tmp_path, "--steps", 2)["log"]
     assert [row["step"] for row in log] == [2] and log[0]["loss"] > 0
@@ -1172,7 +1167,7 @@ def test_a_signal_in_an_evaluation_ends_at_once(samples, tmp_path, monkeypatch):
     def signalled(_):
         train_sit_mg.evaluate = lambda *_, **__: kill(signal.SIGTERM)
         train("SiT", tmp_path, *flags)
-    assert fork(signalled)[0] == [-signal.SIGTERM]
+    fork(signalled, status=-signal.SIGTERM)
     assert load(tmp_path)["step"] == 4
     run = train("SiT", tmp_path, *flags)
     assert ("fid" in run["log"][-1]) == (samples > 0)
@@ -1688,12 +1683,13 @@ def digit_samples(n, noise, seed=0):
     return (x[i] + rng.normal(0, noise, (n, 8, 8, 1))).round().clip(0, 255).astype(np.uint8), y[i]
 
 
-def test_evaluate_is_its_parts(monkeypatch):
-    """The streamed figures are those of all features at once, whatever the batch."""
+def test_evaluate_is_its_parts(tmp_path, monkeypatch):
+    """The streamed figures are those of all features at once, for any batch and processes."""
     monkeypatch.setattr(fid, "SPLIT", 200)
     monkeypatch.setattr(fid, "MANIFOLD", 1000)
-    (x, y), real = digit_samples(501, 30), digit_samples(1500, 0, seed=1)[0]
-    net, reference = fid.digits_net(), fid.load_reference(real, "digits")
+    (x, y), real = digit_samples(401, 30), digit_samples(1500, 0, seed=1)[0]
+    np.savez(tmp_path / "x.npz", arr_0=x, labels=y)  # of the last split, one rank has nothing
+    net = fid.digits_net()
     (p1, s1, _), (p2, s2, probs) = (net(torch.tensor(a).permute(0, 3, 1, 2)) for a in (real, x))
     want = {"is": fid.inception_score(probs, 200),
             "accuracy": (probs.argmax(1).numpy() == y).mean()}
@@ -1701,36 +1697,19 @@ def test_evaluate_is_its_parts(monkeypatch):
         f, g = (f.double().numpy() for f in features)
         want[key] = fid.frechet_distance(f.mean(0), np.cov(f.T), g.mean(0), np.cov(g.T))
     want["precision"], want["recall"] = fid.precision_recall(p1[:1000], p2)
-    for batch in (1, 7, 64):
-        images = fid.Images(x)
-        images.labels = y
-        assert fid.evaluate(images, reference, batch=batch) == pytest.approx(want, rel=1e-5)
+
+    def score(_):
+        models.setup()
+        reference = fid.load_reference(real, "digits")
+        for size in 1, 7, 64:
+            got = fid.evaluate(tmp_path / "x.npz", reference, batch=size)
+            assert got == pytest.approx(want, rel=1e-5)
+    for world in 1, 2:
+        fork(score, world)
     same = fid.evaluate(real[:1000], real[:1000], "digits")
     assert same["fid"] < 1e-6 and same["sfid"] < 1e-6 and same["precision"] == same["recall"] == 1
-    black = fid.evaluate(np.zeros((70, 8, 8, 1), np.uint8), reference)  # a collapsed model
+    black = fid.evaluate(np.zeros((70, 8, 8, 1), np.uint8), real, "digits")  # a collapsed model
     assert black["fid"] > want["fid"] and black["recall"] == 0 and black["is"] == pytest.approx(1)
-
-
-def test_two_processes_equal_one(tmp_path):
-    x, y = digit_samples(203, 20)
-    np.savez_compressed(tmp_path / "x.npz", arr_0=x, labels=y)
-    np.savez(tmp_path / "odd.npz", arr_0=x[:129])  # 64 and 64, then 1 and none
-    fid.digits_net()
-
-    def score(rank):
-        models.setup()
-        fid.SPLIT, fid.MANIFOLD = 64, 1000
-        out = [fid.evaluate(tmp_path / samples, reference, "digits", batch=10)
-               for samples, reference in (("x.npz", "digits"), ("odd.npz", x))]
-        (tmp_path / f"{models.ranks()}").write_text(json.dumps(out))
-    for world in 1, 2:
-        codes, words = fork(score, world)
-        assert codes == [0] * world, words
-    one, two, other = (json.loads((tmp_path / name).read_text())
-                       for name in ("(0, 1)", "(0, 2)", "(1, 2)"))
-    assert two == other and "accuracy" in one[0]
-    for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, rel=1e-5)
 
 
 def test_rows_are_split_and_sorted_classes_are_mixed(tmp_path):
