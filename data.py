@@ -136,7 +136,7 @@ def read_image(path, size=None):
 def list_images(folder):
     """All images below a folder, sorted; no folder twice, as links may lead back up."""
     folder, found = Path(os.path.abspath(folder)), []
-    seen = {parent.resolve() for parent in folder.parents}
+    seen = {parent.resolve() for parent in folder.parents} | {*folder.resolve().parents}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = Path(root).resolve()
         if real in seen:

@@ -891,7 +891,7 @@ def test_links_in_image_folders(tmp_path):
     """A linked class folder counts; links that lead back up, or to each other, end."""
     folder, elsewhere = image_folder(tmp_path / "images"), image_folder(tmp_path / "other", 3)
     for link, target in (("class2", elsewhere / "class0"), ("class0/up", "../.."),
-                         ("class1/self", "."), ("class2/top", folder)):
+                         ("class1/self", "."), ("class2/top", folder), ("class2/above", elsewhere)):
         (folder / link).symlink_to(target)
     (folder / "empty").mkdir()
     (folder / ".hidden").mkdir()
