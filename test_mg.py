@@ -757,12 +757,14 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     (tmp_path / "folder.pt").mkdir()
     for name, state in (("other", {"model": 1}), ("evil", {"ema": Evil()}), ("list", [1, 2]),
                         ("old", whole | {"config": old}), ("lacking", whole | {"ema": lacking}),
-                        ("nano", {"config": {"n_layer": 3}, "model": {}})):
+                        ("nano", {"config": {"n_layer": 3}, "model": {}}),
+                        ("numbers", {0: torch.ones(2)})):
         torch.save(state, tmp_path / f"{name}.pt")
     for name, says in (("cut", "truncated"), ("none", "no such"), ("list", "not a checkpoint"),
                        ("other", "not a checkpoint"), ("evil", "never run"),
                        ("old", "first version"), ("lacking", "blocks.2.mlp.fc1.bias"),
-                       ("folder", "DiTPipeline"), ("nano", "not a whole checkpoint")):
+                       ("folder", "DiTPipeline"), ("nano", "not a whole checkpoint"),
+                       ("numbers", "not a checkpoint")):
         line = error(lambda path=tmp_path / f"{name}.pt": load_checkpoint(path))
         assert says in line and f"{name}.pt" in line
     assert not Path(os.environ["TORCH_HOME"], "evil").exists()
