@@ -1690,7 +1690,7 @@ def test_evaluate_is_its_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "SPLIT", 200)
     monkeypatch.setattr(fid, "MANIFOLD", 1000)
     (x, y), real = digit_samples(401, 30), digit_samples(1500, 0, seed=1)[0]
-    np.savez(tmp_path / "x.npz", arr_0=x, labels=y)  # of the last split, one rank has nothing
+    np.savez_compressed(tmp_path / "x.npz", arr_0=x, labels=y)  # one rank lacks the last split
     net = fid.digits_net()
     (p1, s1, _), (p2, s2, probs) = (net(torch.tensor(a).permute(0, 3, 1, 2)) for a in (real, x))
     want = {"is": fid.inception_score(probs, 200),
@@ -1706,8 +1706,13 @@ def test_evaluate_is_its_parts(tmp_path, monkeypatch):
         for size in 1, 7, 64:
             got = fid.evaluate(tmp_path / "x.npz", reference, batch=size)
             assert got == pytest.approx(want, rel=1e-5)
+        digits = fid.evaluate(tmp_path / "x.npz", "digits", "digits", batch=10)
+        (tmp_path / f"{models.ranks()}").write_text(json.dumps([got, digits]))
     for world in 1, 2:
         fork(score, world)
+    (_, one), two, other = (json.loads((tmp_path / name).read_text())
+                            for name in ("(0, 1)", "(0, 2)", "(1, 2)"))
+    assert two == other and two[1] == pytest.approx(one, rel=1e-5)
     same = fid.evaluate(real[:1000], real[:1000], "digits")
     assert same["fid"] < 1e-6 and same["sfid"] < 1e-6 and same["precision"] == same["recall"] == 1
     black = fid.evaluate(np.zeros((70, 8, 8, 1), np.uint8), real, "digits")  # a collapsed model
