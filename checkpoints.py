@@ -34,7 +34,7 @@ def save_checkpoint(path, state):
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())  # on the disk before the old one gives way
-        if Path(path).exists():
+        if zipfile.is_zipfile(path):  # a truncated one must not replace the one before it
             os.replace(path, previous(path))
 
 
@@ -56,14 +56,15 @@ def read_checkpoint(path):
 
 
 def read_last(path, config, steps):
-    """What a run with this config goes on from: (checkpoint or None, lines to print, fell_back).
+    """What a run with this config goes on from: (checkpoint or None, lines to print).
 
-    The file at path; where that is missing or can't be read, the one before it: fell_back.
+    The file at path; where that is missing or can't be read, the one before it.
     ValueError: neither can be read, or it belongs to a run with other settings, or is beyond steps.
     """
-    files, errors = [file for file in (path, previous(path)) if file.exists()], []
+    files = [file for file in (path, previous(path)) if file.exists()]
+    errors = []
     if not files:
-        return None, [], False
+        return None, []
     for file in files:
         try:
             last = read_checkpoint(file)
@@ -73,7 +74,7 @@ def read_last(path, config, steps):
     else:
         raise ValueError("; ".join([*errors, "delete what is there to start anew"]))
     saved = last.get("config")
-    if not isinstance(saved, dict) or "losses" not in last:
+    if not isinstance(saved, dict) or "scored" not in last:
         raise ValueError(f"--out {path.parent}: has a ckpt.pt of something else; give another")
     for key in sorted(config.keys() | saved.keys()):
         if saved.get(key) != config.get(key) and key != "vae":  # its path may differ
@@ -84,7 +85,7 @@ def read_last(path, config, steps):
     if last["step"] > steps:
         raise ValueError(f"--steps {steps}: the run in {path.parent} is at step {last['step']}")
     notes = [f"warning: {e}; resuming from the one before it" for e in errors]
-    return last, [*notes, f"resuming from step {last['step']}"], file != path
+    return last, [*notes, f"resuming from step {last['step']}"]
 
 
 def initialize_from(path, name, shape):
@@ -95,7 +96,8 @@ def initialize_from(path, name, shape):
     """
     source, config = load_checkpoint(path)
     model = models.create_model(name, **shape)
-    state, notes = source.state_dict(), []
+    state = source.state_dict()
+    notes = []
     if source.num_classes != model.num_classes:
         del state["y_embedder.embedding_table.weight"]
         notes.append(f"warning: --init {path} has {source.num_classes} classes, not "
@@ -164,18 +166,21 @@ def from_public(checkpoint, weights, path):
     variance channels. SiT's own has them, its t' = 1 - t runs from noise to data, and its v' is -v.
     Both are linear in a weight, so the weights are changed, here and nowhere else.
     """
-    nested, flags = "ema" in checkpoint, checkpoint.get("args")
+    nested = "ema" in checkpoint
+    flags = checkpoint.get("args")
     state = checkpoint.get(weights) if nested else checkpoint
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise ValueError(f"{path}: not a checkpoint with {weights} weights")
     state = {key: x for key, x in state.items() if not str(key).startswith("projectors.")}  # REPA's
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])
+        tokens = state["pos_embed"].shape[1]
+        rows = len(state["y_embedder.embedding_table.weight"])
         outputs = len(state["final_layer.linear.weight"]) // patch ** 2
     except (KeyError, ValueError, IndexError):
         raise ValueError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG") from None
-    path_type, prediction = getattr(flags, "path_type", "linear"), getattr(flags, "prediction", "v")
+    path_type = getattr(flags, "path_type", "linear")
+    prediction = getattr(flags, "prediction", "v")
     if path_type.lower() != "linear" or prediction not in ("v", "velocity"):
         raise ValueError(f"{path}: trained with path {path_type} and prediction {prediction}; only "
                          f"linear and velocity are known here")
@@ -218,7 +223,8 @@ def layers(depth):
     yield "final_layer.linear", ["proj_out_2"]
     yield "final_layer.adaLN_modulation.1", ["proj_out_1"]
     for i in range(depth):
-        ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+        ours = f"blocks.{i}"
+        theirs = f"transformer_blocks.{i}"
         embedder = f"{theirs}.norm1.emb.timestep_embedder"  # diffusers keeps a copy in each block
         yield "t_embedder.mlp.0", [f"{embedder}.linear_1"]
         yield "t_embedder.mlp.2", [f"{embedder}.linear_2"]
@@ -258,7 +264,9 @@ def to_diffusers(model, config, vae, folder):
                          f"works on pixels; give --vae")
     if folder.exists():
         raise ValueError(f"--to-diffusers {folder}: exists already; name a new folder")
-    state, depth, heads = model.state_dict(), len(model.blocks), model.blocks[0].heads
+    state = model.state_dict()
+    depth = len(model.blocks)
+    heads = model.blocks[0].heads
     transformer = DiTTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=state["pos_embed"].shape[2] // heads,
         in_channels=model.in_channels, out_channels=model.out_channels, num_layers=depth,
@@ -303,7 +311,8 @@ def from_diffusers(folder):
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
         raise ValueError(f"{folder}: incomplete, {lacking[0]} is missing or of another shape")
-    c, their_state = transformer.config, transformer.state_dict()
+    c = transformer.config
+    their_state = transformer.state_dict()
     state = {"y_embedder.embedding_table.weight": their_state[TABLE.format(0)],
              "pos_embed": models.position_embedding(transformer.inner_dim,
                                                     c.sample_size // c.patch_size)}

@@ -39,19 +39,30 @@ class Data:
 
     def __init__(self, name):
         if str(name) == "digits":
-            self.kind, self.flip, self.vae, self.source, self.size = "digits", False, None, None, 8
+            self.kind = "digits"
+            self.flip = False
+            self.vae = None
+            self.source = None
+            self.size = 8
             self.images, self.labels = digits()
-            self.classes, self.shape, self.identity = [*"0123456789"], (1, 8, 8), "digits"
+            self.classes = [*"0123456789"]
+            self.shape = (1, 8, 8)
+            self.identity = "digits"
             return
         if not is_prepared(name):
             raise ValueError(f"--data {name}: neither digits nor prepared; to prepare images, run "
                              f"python data.py FOLDER --size PIXELS --out DIR")
         if Path(name, "progress").exists():
             raise ValueError(f"--data {name}: not complete; run its data.py command again")
-        info, self.images = read_info(name), open_array(name)
+        info = read_info(name)
+        self.images = open_array(name)
         try:
-            self.kind, self.flip, self.classes = info["kind"], info["flip"], info["classes"]
-            self.vae, self.source, self.size = info["vae"], info["source"], info["size"]
+            self.kind = info["kind"]
+            self.flip = info["flip"]
+            self.classes = info["classes"]
+            self.vae = info["vae"]
+            self.source = info["source"]
+            self.size = info["size"]
             self.labels = np.repeat(np.arange(len(self.classes)), info["counts"])
             self.identity = [info[key] for key in ("images_sha256", "vae_sha256", "size", "flip")]
         except KeyError:
@@ -63,14 +74,15 @@ class Data:
 
     def index(self, seed, step, batch):
         """The images of a step, (batch,) int64: each once an epoch, in an order drawn for it."""
-        n, i = len(self), torch.arange(step * batch, (step + 1) * batch)
+        n = len(self)
+        i = torch.arange(step * batch, (step + 1) * batch)
         epochs = range(int(i[0]) // n, int(i[-1]) // n + 1)
         return torch.cat([epoch_order(seed, epoch, n)[i[i // n == epoch] % n] for epoch in epochs])
 
     def get(self, index, flip=None, posterior=None):
         """A batch: index (N,) int64, flip (N,) bool, posterior (N, C, H, W) normal draws.
 
-        -> x0 (N, C, H, W) float32, on the posterior's device if there is one, and y (N,) int64.
+        -> x0 (N, C, H, W) float32 and y (N,) int64, on the posterior's device if there is one.
         Where flip or posterior don't apply, or are None, they are ignored (latents: the mean).
         """
         index = np.asarray(index)
@@ -80,9 +92,11 @@ class Data:
         else:
             x = self.images[index]
             x[flip] = x[flip, :, ::-1]
-        x, y = torch.from_numpy(x), torch.from_numpy(self.labels[index])
-        if posterior is not None and posterior.is_cuda:
-            x = x.pin_memory().to(posterior.device, non_blocking=True)
+        x = torch.from_numpy(x)
+        y = torch.from_numpy(self.labels[index])
+        if posterior is not None:
+            x = models.move(x, posterior.device)
+            y = models.move(y, posterior.device)
         if self.kind != "latents":
             return x.permute(0, 3, 1, 2) / 127.5 - 1, y
         mean, std = x.float().unbind(1)
@@ -129,13 +143,15 @@ def read_image(path, size=None):
     scale = size / min(image.size)
     shape = round(image.width * scale), round(image.height * scale)
     x = np.array(image.resize(shape, Image.BICUBIC))
-    top, left = (x.shape[0] - size) // 2, (x.shape[1] - size) // 2
+    top = (x.shape[0] - size) // 2
+    left = (x.shape[1] - size) // 2
     return np.ascontiguousarray(x[top:top + size, left:left + size])
 
 
 def list_images(folder):
     """All images below a folder, sorted; no folder twice, as links may lead back up."""
-    folder, found = Path(os.path.abspath(folder)), []
+    folder = Path(os.path.abspath(folder))
+    found = []
     seen = {parent.resolve() for parent in folder.parents} | {*folder.resolve().parents}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = Path(root).resolve()
@@ -190,12 +206,15 @@ def fill(folder, info, make, *, free=(), show=True):
     -> the array, memory-mapped. ValueError: FOLDER holds another info (but for keys in `free`), or
     other files, or another process is writing it.
     """
-    folder, (rank, world) = Path(folder), models.ranks()
+    folder = Path(folder)
+    rank, world = models.ranks()
     with models.locked(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             begin(folder, json.loads(json.dumps(info)), free)
         models.barrier()
-        array, progress, mine = open_array(folder), folder / "progress", []
+        array = open_array(folder)
+        progress = folder / "progress"
+        mine = []
         if progress.exists():
             missing = np.flatnonzero(np.fromfile(progress, np.uint8) == 0)
             mine = np.array_split(missing, world)[rank]
@@ -204,7 +223,8 @@ def fill(folder, info, make, *, free=(), show=True):
             with (open(folder / "x.npy", "r+b") as file, open(progress, "r+b") as marks,
                   tqdm(total=len(mine), unit="img", disable=rank > 0 or not show) as bar):
                 for values in make(mine):
-                    rows, mine = mine[:len(values)].tolist(), mine[len(values):]
+                    rows = mine[:len(values)].tolist()
+                    mine = mine[len(values):]
                     for row, value in zip(rows, values, strict=True):
                         # Written, not mapped: a full disk then is an error, not a signal.
                         position = array.offset + row * value.nbytes
@@ -276,7 +296,8 @@ def describe(args, paths, labels, classes, vae):
         factor = models.vae_factor(vae)
         if args.size % factor:
             raise ValueError(f"--size {args.size}: must be a multiple of the VAE's {factor}")
-        views, latent = 1 if args.no_flip else 2, args.size // factor
+        views = 1 if args.no_flip else 2
+        latent = args.size // factor
         local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": models.fingerprint(vae),
                  "shape": [len(paths), views, 2, vae.config.latent_channels, latent, latent],
@@ -294,7 +315,8 @@ def read_ahead(paths, size, batch, workers, shape=None):
     with ThreadPoolExecutor(workers) as pool:
         reading = submit(0)
         for start in range(0, len(paths), batch):
-            current, reading = reading, submit(start + batch)
+            current = reading
+            reading = submit(start + batch)
             images = [image.result() for image in current]
             for path, image in zip(paths[start:], images, strict=False):
                 if shape not in (None, image.shape):
@@ -314,7 +336,8 @@ def encode_views(vae, images, flip):
 
 def parse_args(argv):
     p = models.command_line(__doc__)
-    add, positive = p.add_argument, models.number("[1, inf)", int)
+    add = p.add_argument
+    positive = models.number("[1, inf)", int)
     add("folder", metavar="FOLDER", help="holds one folder of images a class")
     add("--size", type=positive, required=True, metavar="PIXELS",
         help="images are cropped to this height and width")

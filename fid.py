@@ -12,7 +12,10 @@ above must give IS 215.837, FID 3.94256, sFID 6.1404, precision 0.8265, recall 0
 import json
 import math
 import os
+import shutil
+import struct
 import sys
+import tempfile
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,7 +50,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("a mean or covariance is not finite (NaN or infinity)")
-    a1, a2 = cholesky_factor(sigma1), cholesky_factor(sigma2)
+    a1 = cholesky_factor(sigma1)
+    a2 = cholesky_factor(sigma2)
     product = a1.T @ (sigma2 @ a1) if a1.shape[1] <= a2.shape[1] else a2.T @ (sigma1 @ a2)
     root = torch.linalg.eigvalsh(torch.from_numpy(product)).clamp(min=0).sqrt().sum().item()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
@@ -85,11 +89,13 @@ def precision_recall(real, fake, k=3, *, block=512):
     real: (N, D), fake: (M, D) -> (precision, recall): Kynkaanniemi et al. 2019, Eq. 1 and 2.
     In float64 (ADM: float16), so that ties and duplicates count as inside; `block` rows at a time.
     """
-    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
+    real = torch.as_tensor(real).double()
+    fake = torch.as_tensor(fake).double()
     if min(len(real), len(fake)) <= k or not (real.isfinite().all() and fake.isfinite().all()):
         raise ValueError(f"precision and recall need more than {k} finite features of each")
     center = real.mean(0)  # small norms keep |a|^2 - 2 ab + |b|^2 accurate
-    real, fake = real - center, fake - center
+    real = real - center
+    fake = fake - center
     return covered(fake, real, k, block), covered(real, fake, k, block)
 
 
@@ -129,7 +135,8 @@ class InceptionV3(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        self.weight, self.bias = nn.ParameterDict(), nn.ParameterDict()
+        self.weight = nn.ParameterDict()
+        self.bias = nn.ParameterDict()
         options = {"map_location": "cpu", "weights_only": True}
         try:
             state = (torch.load(weights, **options) if weights else
@@ -172,7 +179,8 @@ class InceptionV3(nn.Module):
     def convs(self, x, *names):
         """Convolutions of these names, one after the other, each with a ReLU."""
         for name in names:
-            weight, bias = self.weight[name], self.bias[name]
+            weight = self.weight[name]
+            bias = self.bias[name]
             padding = 0 if name in UNPADDED else [k // 2 for k in weight.shape[2:]]
             x = F.conv2d(x, weight, bias, 2 if name in STRIDE_2 else 1, padding).relu_()
         return x
@@ -197,7 +205,8 @@ class InceptionV3(nn.Module):
         elif block == "7a":
             branches = [branch(x, "3x3", 2), branch(x, "7x7x3", 4)]
         else:
-            a, b = branch(x, "3x3_1"), branch(x, "3x3dbl", 2)
+            a = branch(x, "3x3_1")
+            b = branch(x, "3x3dbl", 2)
             branches = [branch(x, "1x1"), branch(a, "3x3_2a"), branch(a, "3x3_2b"),
                         branch(b, "3x3dbl_3a"), branch(b, "3x3dbl_3b")]
         return torch.cat([*branches, last], 1)
@@ -240,7 +249,8 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.conv1, self.conv2, self.conv3 = (
             nn.Conv2d(width, out, 3, padding=1) for width, out in ((1, 16), (16, 32), (32, 64)))
-        self.fc1, self.fc2 = nn.Linear(256, 64), nn.Linear(64, 10)
+        self.fc1 = nn.Linear(256, 64)
+        self.fc2 = nn.Linear(64, 10)
 
     def forward(self, x):
         with plain_float32(x.device.type):
@@ -306,33 +316,42 @@ class Images:
         elif name == "digits" or data.is_prepared(name):
             if not real:
                 raise ValueError(f"{name}: real images; the order is SAMPLES REFERENCE")
-            prepared, by_class = data.Data(name), True
+            prepared = data.Data(name)
+            by_class = True
             if prepared.vae is None:
                 self.array = prepared.images
             elif os.path.isdir(prepared.source):
-                (self.files, _, _), self.size = data.class_folders(prepared.source), prepared.size
+                self.files, _, _ = data.class_folders(prepared.source)
+                self.size = prepared.size
             else:
                 raise ValueError(f"{name}: its source {prepared.source} is gone; give --reference")
         elif os.path.isdir(name):
             self.files = data.list_images(name)
             if real and os.path.abspath(name) not in map(os.path.dirname, self.files):
-                by_class, self.size = True, size
+                by_class = True
+                self.size = size
+        headers = {}
         if self.files:
             first = data.read_image(self.files[0], self.size)
-            shape, dtype = (len(self.files), *first.shape), first.dtype
+            shape = (len(self.files), *first.shape)
+            dtype = first.dtype
         elif self.array is not None:
-            shape, dtype = self.array.shape, self.array.dtype
+            shape = self.array.shape
+            dtype = self.array.dtype
         else:
             headers = npz_headers(name)
             if "mu" in headers and not real:
                 raise ValueError(f"{name}: has statistics; the order is SAMPLES REFERENCE")
             shape, dtype = headers.get("arr_0", ((), "nothing"))
-            if headers.get("labels") == (shape[:1], np.int64):
-                self.labels = read_arrays(name, headers, {"labels": shape[:1]})["labels"]
         if dtype != np.uint8 or len(shape) != 4 or shape[0] < 4 or shape[3] not in (1, 3):
             raise ValueError(f"{name}: must have at least 4 images, uint8 (N, H, W, C) with C 1 or "
                              f"3, in an .npz as arr_0; found {dtype} {shape}")
-        self.count, self.shape = shape[0], tuple(shape[1:])
+        if headers:
+            self.array = npz_array(name, "arr_0")
+            if headers.get("labels") == (shape[:1], np.int64):
+                self.labels = np.array(npz_array(name, "labels"))
+        self.count = shape[0]
+        self.shape = tuple(shape[1:])
         order = np.random.RandomState(0).permutation if by_class else np.arange
         self.order = order(self.count)
 
@@ -341,12 +360,10 @@ class Images:
         rows = np.arange(rank, self.count, world)
         parts = [rows[i:i + batch] for i in range(0, len(rows), batch)]
         if self.files:
-            paths, workers = [self.files[i] for i in self.order[rows]], min(8, os.cpu_count())
-            arrays = data.read_ahead(paths, self.size, batch, workers, self.shape)
-        elif self.array is not None:
-            arrays = (self.array[self.order[part]] for part in parts)
+            paths = [self.files[i] for i in self.order[rows]]
+            arrays = data.read_ahead(paths, self.size, batch, min(8, os.cpu_count()), self.shape)
         else:
-            arrays = read_rows(self.name, self.shape, parts)
+            arrays = (self.array[self.order[part]] for part in parts)
         for part, x in zip(parts, arrays, strict=True):
             yield torch.from_numpy(part), torch.from_numpy(x).permute(0, 3, 1, 2)
 
@@ -363,39 +380,49 @@ def open_npz(path):
 
 def npz_headers(path):
     """{name: (shape, dtype)} of the arrays in an .npz, which can be far larger than the file."""
-    headers = {}
     with open_npz(path) as z:
+        headers = {}
         for name in z.namelist():
             with z.open(name) as f:
-                np.lib.format.read_magic(f)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            if fortran and len(shape) > 2:
-                raise ValueError(f"{name} is in Fortran order; save np.ascontiguousarray of it")
-            headers[name.removesuffix(".npy")] = shape, dtype
+                headers[name.removesuffix(".npy")] = read_header(f)[::2]
     return headers
 
 
-def read_arrays(path, headers, shapes):
-    """{name: array}, read only where all have these shapes: the .npz may be a zip bomb."""
+def read_header(f):
+    """(shape, whether in Fortran order, dtype) of an array in a .npy file, open at its start."""
+    np.lib.format.read_magic(f)
+    return np.lib.format.read_array_header_1_0(f)
+
+
+def npz_array(path, name):
+    """An array of an .npz, memory-mapped; a compressed one is unpacked to a temporary file."""
+    with open_npz(path) as z, open(path, "rb") as stored, tempfile.TemporaryFile() as unpacked:
+        entry = z.getinfo(f"{name}.npy")
+        with z.open(entry) as f:
+            shape, fortran, dtype = read_header(f)
+            header = f.tell()
+        if entry.file_size != header + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} has another size than its header says")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            # The values come after the entry's own header: 30 bytes, its name, and extra fields.
+            stored.seek(entry.header_offset + 26)
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", stored.read(4)))
+            file = stored
+        else:
+            with z.open(entry) as f:
+                shutil.copyfileobj(f, unpacked)
+            start = 0
+            file = unpacked
+        return np.memmap(file, dtype, "r", start + header, shape, "F" if fortran else "C")
+
+
+def read_statistics(path, headers, shapes):
+    """{name: array} of numbers of these shapes. ValueError: one is missing, or of another shape."""
     for key, shape in shapes.items():
         found, dtype = headers.get(key, ("missing", None))
         if found != shape or dtype.kind not in "fiu":
             raise ValueError(f"{path}: {key} must be numbers {shape}, but is {dtype} {found}")
-    with open_npz(path) as z:
-        return {key: np.lib.format.read_array(z.open(f"{key}.npy")) for key in shapes}
-
-
-def read_rows(path, shape, parts):
-    """Yields arr_0[part], uint8 (b, *shape), for each array of increasing row numbers."""
-    size, at = math.prod(shape), 0
-    with open_npz(path) as z, z.open("arr_0.npy") as f:
-        np.lib.format.read_magic(f)
-        np.lib.format.read_array_header_1_0(f)
-        for part in parts:
-            count = part[-1] + 1 - at  # with the rows of other processes in between
-            x = np.frombuffer(f.read(count * size), np.uint8).reshape(count, *shape)
-            yield x[part - at]
-            at += count
+    return {key: np.array(npz_array(path, key)) for key in shapes}
 
 
 # ---------------------------------------------------------------- evaluation
@@ -407,7 +434,8 @@ def statistics(net, images, *, batch, keep):
     stats: mu, sigma (of pool), mu_s, sigma_s (of spatial), pool (of the first `keep` images), shape
     """
     rank, world = models.ranks()
-    device, count = next(net.parameters()).device, images.count
+    device = next(net.parameters()).device
+    count = images.count
     if rank == 0 and count < net.widths[0]:
         print(f"fid.py: warning: {images.name}: {count} images are fewer than the {net.widths[0]} "
               "features, FID comes out too high", file=sys.stderr)
@@ -415,10 +443,13 @@ def statistics(net, images, *, batch, keep):
     _, first = next(images.batches(1))
     origins = [models.reduce(x[0].double() * (rank == 0)) for x in net(first.to(device))[:2]]
     zeros = origins[0].new_zeros
-    sums, products = [zeros(len(x)) for x in origins], [zeros(len(x), len(x)) for x in origins]
+    sums = [zeros(len(x)) for x in origins]
+    products = [zeros(len(x), len(x)) for x in origins]
     kept = torch.zeros(min(count, keep), net.widths[0], device=device)
     splits = math.ceil(count / SPLIT)
-    p_sum, p_log_p, right = zeros(splits, net.widths[2]), zeros(splits), zeros(1)
+    p_sum = zeros(splits, net.widths[2])
+    p_log_p = zeros(splits)
+    right = zeros(1)
     for rows, x in tqdm(images.batches(batch, rank, world), images.name, unit="batch", leave=False,
                         total=math.ceil(count / world / batch), disable=True if rank else None):
         pool, spatial, probs = net(x.to(device))
@@ -428,14 +459,16 @@ def statistics(net, images, *, batch, keep):
             products[i].addmm_(difference.T, difference)
         wanted = rows[rows < keep].to(device)
         kept[wanted] = pool[:len(wanted)]
-        p, split = probs.double(), (rows // SPLIT).to(device)
+        p = probs.double()
+        split = (rows // SPLIT).to(device)
         p_sum.index_add_(0, split, p)
         p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
         if images.labels is not None:
             right += (probs.argmax(1) == torch.from_numpy(images.labels)[rows].to(device)).sum()
     stats = {"pool": models.reduce(kept).cpu().numpy(), "shape": np.array(images.shape)}
     for i, suffix in enumerate(("", "_s")):
-        mean, product = models.reduce(sums[i]) / count, models.reduce(products[i])
+        mean = models.reduce(sums[i]) / count
+        product = models.reduce(products[i])
         sigma = (product - count * torch.outer(mean, mean)) / (count - 1)
         if not sigma.isfinite().all():
             raise ValueError(f"{images.name}: features are not finite; are the weights right?")
@@ -467,14 +500,16 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     # Rank 0 looks for all: another run may be about to write it.
     found = models.reduce(torch.tensor(float(rank == 0 and os.path.isfile(file))))
     headers = npz_headers(file) if found else {}
-    stats, images, shape = {}, None, DIGIT if digits else None
+    stats = {}
+    images = None
+    shape = DIGIT if digits else None
     if "mu" in headers:
         d, d_s, _ = (DigitsNet if digits else InceptionV3).widths
         shapes = {"mu": (d,), "sigma": (d, d), "mu_s": (d_s,), "sigma_s": (d_s, d_s)}
         if "pool" in headers:
             rows, *_ = headers["pool"][0]
             shapes |= {"pool": (min(rows, MANIFOLD), d), "shape": (3,)}
-        stats = read_arrays(file, headers, shapes)
+        stats = read_statistics(file, headers, shapes)
     if "shape" in stats:
         shape = tuple(stats["shape"].tolist())
     if not stats or "arr_0" in headers and "pool" not in headers:

@@ -67,7 +67,8 @@ class Transformer(nn.Module):
     """DiT (Peebles & Xie 2023); SiT (Ma et al. 2024) is the same without the variance channels.
 
     forward(x, t, y, w=None): x (N, C, H, W); t (N,), larger is noisier (DiT: 0..999, SiT: [0, 1]);
-    y (N,) int64, num_classes is the empty class; w (N,) or a number, scale-aware networks only.
+    y (N,) int64, num_classes is the empty class; w (N,) or a number, for scale-aware networks: the
+    guidance scale, 1 by default.
     -> SiT: v = eps - x_0, (N, C, H, W); DiT: eps and the variance's interpolation, (N, 2C, H, W).
 
     The nn.ModuleDicts only give the parameters DiT's names.
@@ -77,8 +78,12 @@ class Transformer(nn.Module):
     def __init__(self, kind, depth, width, heads, patch, input_size, in_channels, num_classes,
                  scale_aware):
         super().__init__()
-        self.kind, self.patch, self.input_size = kind, patch, input_size
-        self.in_channels, self.num_classes, self.scale_aware = in_channels, num_classes, scale_aware
+        self.kind = kind
+        self.patch = patch
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.scale_aware = scale_aware
         self.learn_sigma = kind == "DiT"
         self.out_channels = in_channels * (2 if self.learn_sigma else 1)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch)})
@@ -112,14 +117,16 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.w_embedder.mlp[2].weight)
 
     def forward(self, x, t, y, w=None):
-        height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
+        height = x.shape[2] // self.patch
+        width = x.shape[3] // self.patch
         c = self.t_embedder(t) + self.y_embedder.embedding_table(y)                    # (N, D)
-        if self.scale_aware:
-            w = torch.as_tensor(1.0 if w is None else w, dtype=torch.float32, device=x.device)
-            c = c + self.w_embedder(w.expand(len(x)))
+        if self.scale_aware:  # the empty class has no scale: 0 (Eq. 22)
+            w = torch.zeros_like(t, dtype=torch.float32) + (1 if w is None else w)
+            c = c + self.w_embedder(w.masked_fill(y == self.num_classes, 0))
         elif w is not None:
             raise ValueError("w is an input of scale-aware networks only (--w-range)")
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed        # (N, T, D)
+        # In this order the sum, and so every block's input, is contiguous.
+        x = self.pos_embed + self.x_embedder.proj(x).flatten(2).transpose(1, 2)        # (N, T, D)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)
@@ -311,21 +318,26 @@ def run(main):
     Under torchrun rank 0 speaks first, and torchrun then ends the others. When one rank exits, the
     collectives of its peers fail too, so they speak last.
     """
-    rank, status, line = int(os.environ.get("RANK", "0")), 0, None
+    rank = int(os.environ.get("RANK", "0"))
+    status = 0
+    line = None
     try:
         main()
     except SystemExit as e:
         status = e.code
     except KeyboardInterrupt:
-        status, line = 130, "interrupted; run the same command to resume"
+        status = 130
+        line = "interrupted; run the same command to resume"
     except (ValueError, OSError) as e:
         time.sleep(3 if rank else 0)
-        status, line = 2, str(e)
+        status = 2
+        line = str(e)
     except RuntimeError as e:
         if "RANK" not in os.environ or not ("gloo" in str(e) or isinstance(e, dist.DistError)):
             raise
         time.sleep(6)
-        status, line = 1, f"rank {rank} lost the others: {e}"
+        status = 1
+        line = f"rank {rank} lost the others: {e}"
     if line:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(line.split())}", file=sys.stderr)
     if "RANK" not in os.environ:
@@ -333,6 +345,12 @@ def run(main):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # at an orderly exit gloo's threads abort one process in ten
+
+
+def move(x, device):
+    """x on the device; from the CPU through pinned memory, so that nothing waits for a GPU."""
+    x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+    return x.to(device, non_blocking=True)
 
 
 def generator(*numbers, device="cpu"):
@@ -343,40 +361,29 @@ def generator(*numbers, device="cpu"):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes a folder that only this process writes, inside; one that stays empty goes again.
-
-    ValueError: another process is writing it, or it is a file.
-    """
-    folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Makes a folder, and holds a lock on it. ValueError: another process has it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{folder}: must be a folder, and is (in) a file") from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is writing to it; wait for it, or give "
+                         f"another folder") from None
+    except OSError:  # a file system without locks
+        pass
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing it; let it end, or give "
-                             f"another folder") from None
-        except OSError:  # a file system without locks
-            pass
         yield
     finally:
-        os.close(lock)  # which also ends the lock
-        for path in made:
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
+        os.close(lock)
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file to write that ends up whole and on the disk, or not at all.
+    """A binary file to write to that replaces path when all is on the disk, or not at all.
 
-    OSError, in one line that names the file: it can't be written; an earlier one then stays.
+    OSError: it can't be written. The file at path, if there is one, then stays.
     """
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
             yield f

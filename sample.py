@@ -32,17 +32,16 @@ def guided(model, y, *, cfg=1.0, interval=(0.0, 1.0), w=None, null=None):
     net(x (N, C, H, W), t a number, or (N,)) -> float64 (N, C, H, W), DiT with 2C channels.
     cfg: the scale; 1 is off and costs one pass. It acts where the noise time (t; DiT: t / 1000)
     is in the interval, on all channels but DiT's variances, which are those with the label.
-    w: the scale of a scale-aware network (None: 1); its empty class is run at 0 (Eq. 22).
+    w: the scale of a scale-aware network (None: 1).
     y may be any other condition, (N, ...); null is then the empty one, as in mg_loss().
     """
     empty = torch.full_like(y, model.num_classes) if null is None else null.expand_as(y)
-    scales, both_scales = (), ()
-    if getattr(model, "scale_aware", False):
-        w = torch.as_tensor(1.0 if w is None else w, dtype=torch.float32, device=y.device)
-        w = w.expand(len(y))
-        scales, both_scales = (w,), (torch.cat([w, torch.zeros_like(w)]),)
-    elif w is not None:
-        raise ValueError(f"w {w}: this network is not scale-aware, it was trained at one scale")
+    scale = []
+    both_scales = []
+    if w is not None:
+        w = torch.zeros(len(y), device=y.device) + w
+        scale = [w]
+        both_scales = [torch.cat([w, w])]  # that of the empty class is 0, whatever it is given
     last = 1000 if getattr(model, "kind", "SiT") == "DiT" else 1
 
     @torch.no_grad()
@@ -51,10 +50,11 @@ def guided(model, y, *, cfg=1.0, interval=(0.0, 1.0), w=None, null=None):
         acts = cfg != 1 and bool(((noise_time >= interval[0]) & (noise_time <= interval[1])).all())
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         if not acts:
-            return model(x.float(), t, y, *scales).double()
-        x, t = torch.cat([x, x]).float(), torch.cat([t, t])
-        cond, uncond = model(x, t, torch.cat([y, empty]), *both_scales).double().chunk(2)
+            return model(x.float(), t, y, *scale).double()
         C = x.shape[1]
+        x = torch.cat([x, x]).float()
+        t = torch.cat([t, t])
+        cond, uncond = model(x, t, torch.cat([y, empty]), *both_scales).double().chunk(2)
         out = uncond[:, :C] + cfg * (cond[:, :C] - uncond[:, :C])                      # Eq. 9
         return torch.cat([out, cond[:, C:]], 1)
     return net
@@ -74,7 +74,8 @@ def euler_maruyama(net, x, steps, randn=None):
     A last step to 0 adds no noise. The schedule of REPA and of MG's authors.
     """
     randn = randn or (lambda: torch.randn_like(x))
-    x, times = x.double(), torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist()
+    x = x.double()
+    times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist()
     for t, t_next in itertools.pairwise([*times, 0.0]):
         v = net(x, t)
         score = -(x + (1 - t) * v) / t
@@ -86,7 +87,8 @@ def euler_maruyama(net, x, steps, randn=None):
 
 def euler(net, x, steps, randn=None):
     """The ODE dx = v dt from t = 1 to 0 in equal steps."""
-    x, times = x.double(), torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    x = x.double()
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for t, t_next in itertools.pairwise(times):
         x = x + net(x, t) * (t_next - t)
     return x.float()
@@ -94,7 +96,8 @@ def euler(net, x, steps, randn=None):
 
 def heun(net, x, steps, randn=None):
     """Euler's step, then the mean of the slopes at its ends; the last step is Euler's."""
-    x, times = x.double(), torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    x = x.double()
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for t, t_next in itertools.pairwise(times):
         v = net(x, t)
         if t_next > 0:
@@ -112,7 +115,8 @@ def ddpm(net, x, steps, randn=None):
     The variance is learned (improved DDPM, Eq. 15), or the posterior's where net has C channels.
     """
     randn = randn or (lambda: torch.randn_like(x))
-    x, C = x.double(), x.shape[1]
+    C = x.shape[1]
+    x = x.double()
     times = np.linspace(len(ALPHA_BARS) - 1, 0, steps).round().astype(int).tolist()
     abars = [float(ALPHA_BARS[t]) for t in times] + [1.0]
     for t, abar, abar_next in zip(times, abars, abars[1:], strict=False):
@@ -135,7 +139,8 @@ def ddim(net, x, steps, randn=None):
 
     These are the times of diffusers' DDIMScheduler, "trailing", where steps divides 1000.
     """
-    x, C = x.double(), x.shape[1]
+    C = x.shape[1]
+    x = x.double()
     times = (np.arange(steps, 0, -1) * len(ALPHA_BARS) / steps).round().astype(int) - 1
     abars = [float(ALPHA_BARS[t]) for t in times] + [1.0]
     for t, abar, abar_next in zip(times.tolist(), abars, abars[1:], strict=False):
@@ -199,12 +204,15 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
     Beside it, PATH.json records how it was made: `record` and the sampling options. Interrupted, it
     resumes, unless resume=False. ValueError: PATH.parts is of another interrupted run.
     """
-    (rank, _), parts = models.ranks(), f"{path}.parts"
+    rank, _ = models.ranks()
+    parts = f"{path}.parts"
     if rank == 0 and not resume:
         shutil.rmtree(parts, ignore_errors=True)
-    size, channels = model.input_size, model.in_channels
+    size = model.input_size
+    channels = model.in_channels
     if vae:
-        size, channels = size * models.vae_factor(vae), vae.config.out_channels
+        size *= models.vae_factor(vae)
+        channels = vae.config.out_channels
     record = record | options | {
         "seed": seed, "dtype": dtype,
         "weights_sha256": models.fingerprint(model) if rank == 0 else None}
@@ -282,8 +290,10 @@ def save_curves(rows, path):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv):
-    p, number = models.command_line(__doc__), models.number
-    add, positive = p.add_argument, number("[1, inf)", int)
+    p = models.command_line(__doc__)
+    number = models.number
+    add = p.add_argument
+    positive = number("[1, inf)", int)
     either = p.add_mutually_exclusive_group().add_argument
     add("checkpoint", metavar="CKPT", help="a file, or the folder of a DiTPipeline")
     either("--labels", nargs="+", metavar="CLASS",

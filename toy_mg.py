@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 EMPTY = 2                                 # classes 0 and 1; label 2 is the empty class
-POINTS, STEPS = 20_000, 50                # samples for every score, Euler steps for every sample
+POINTS = 20_000                           # samples for every score
+STEPS = 50                                # Euler steps for every sample
 SWEEP = [1.1, 1.25, 1.4, 1.5, 1.6, 1.75]
 COLOURS = np.array(["tab:orange", "tab:blue", "dimgray"])  # of labels 0, 1, 2
 
@@ -27,7 +28,8 @@ CELLS = (torch.arange(4)[:, None] + torch.arange(4)) % 2                   # (4,
 
 def board(n):
     """n exact draws of the data: x_0 (n, 2), y (n,)."""
-    y, i = torch.randint(2, (n,)), torch.randint(4, (n,))
+    y = torch.randint(2, (n,))
+    i = torch.randint(4, (n,))
     j = 2 * torch.randint(2, (n,)) + (i + y) % 2                           # CELLS[i, j] = y
     return torch.stack([i, j], 1) - 2 + torch.rand(n, 2), y
 
@@ -39,7 +41,8 @@ class MLP(nn.Module):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(3, width)
-        self.first, self.last = nn.Linear(2, width), nn.Linear(width, 2)
+        self.first = nn.Linear(2, width)
+        self.last = nn.Linear(width, 2)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x, t, y):
@@ -53,18 +56,18 @@ class MLP(nn.Module):
 # ---------------------------------------------------------------- the method
 
 def mg_loss(network, teacher, x0, y, w, *, t, noise, dropped, guide, share=1.0):
-    """MG's loss, a scalar. x0, noise (N, 2); t, y, dropped, guide (N,); w = 1 is plain diffusion.
+    """MG's loss, a scalar. x0, noise (N, 2); t, y, dropped (N,); w = 1 is plain diffusion.
 
     teacher: the moving average of the weights (EMA, Eq. 18) or the network itself (Eq. 20).
     dropped: samples that train the empty class, on the plain target.
-    guide: which of the others get the guidance term, divided by share, the probability of that:
-        the target keeps its mean, and the teacher runs on fewer samples.
+    guide (K,): the samples to guide, none of them dropped. If they were chosen with probability
+        share, their term is divided by it: the target keeps its mean at fewer teacher passes.
     """
     x_t = (1 - t[:, None]) * x0 + t[:, None] * noise                       # Eq. 4
     target = noise - x0                                                    # Eq. 6: v = -u
     out = network(x_t, t, torch.where(dropped, EMPTY, y))                  # (N, 2)
     if w != 1:
-        k = guide & ~dropped
+        k = guide
         with torch.no_grad():                                              # sg(.) of Eq. 18, 20
             cond = out[k] if teacher is network else teacher(x_t[k], t[k], y[k])
             uncond = teacher(x_t[k], t[k], torch.full_like(y[k], EMPTY))
@@ -81,8 +84,10 @@ def train(w, steps, *, teacher="ema", share=1.0, ema=0.995, batch=256, drop=0.1,
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     for _ in range(steps):
         x0, y = board(batch)
-        t, noise = torch.rand(batch), torch.randn(batch, 2)
-        dropped, guide = torch.rand(batch) < drop, torch.rand(batch) < share
+        t = torch.rand(batch)
+        noise = torch.randn(batch, 2)
+        dropped = torch.rand(batch) < drop
+        guide = ((torch.rand(batch) < share) & ~dropped).nonzero()[:, 0]
         loss = mg_loss(network, guiding, x0, y, w, t=t, noise=noise,
                        dropped=dropped, guide=guide, share=share)
         optimizer.zero_grad()
@@ -140,7 +145,8 @@ def measured_scale(network, plain):
     Least squares on noised data, t uniform in [0, 1].
     """
     x0, y = board(POINTS)
-    t, empty = torch.rand(POINTS), torch.full_like(y, EMPTY)
+    t = torch.rand(POINTS)
+    empty = torch.full_like(y, EMPTY)
     x_t = (1 - t[:, None]) * x0 + t[:, None] * torch.randn(POINTS, 2)      # Eq. 4
     mine, base = (net(x_t, t, y) - net(x_t, t, empty) for net in (network, plain))
     return ((mine * base).sum() / base.square().sum()).item()
@@ -153,8 +159,11 @@ def fig2(fit, w, out):
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     print("| | outliers | coverage |\n|---|---|---|", flush=True)
-    plain, mg, scale = fit(1), fit(w), 1 / (2 - w)
-    noise, both = torch.randn(POINTS, 2), torch.arange(POINTS) % 2
+    plain = fit(1)
+    mg = fit(w)
+    scale = 1 / (2 - w)
+    noise = torch.randn(POINTS, 2)
+    both = torch.arange(POINTS) % 2
     columns = [("conditional", plain, both, 1),
                ("unconditional", plain, torch.full_like(both, EMPTY), 1),
                (f"CFG {scale:.3g}, two passes", plain, both, scale),
@@ -166,7 +175,8 @@ def fig2(fit, w, out):
         outliers, coverage = scores(path[-1], y)
         print(f"| {name} | {outliers:.3f} | {coverage:.3f} |", flush=True)
         top.set_title(f"{name}\noutliers {outliers:.3f}, coverage {coverage:.3f}", fontsize=10)
-        path, colours = path.numpy(), COLOURS[y.numpy()]
+        path = path.numpy()
+        colours = COLOURS[y.numpy()]
         top.scatter(*path[-1, :3000].T, c=colours[:3000], s=2, linewidths=0)
         middle.scatter(*path[-1, :60].T, c=colours[:60], s=8, linewidths=0)
         for i in range(60):
@@ -193,9 +203,12 @@ def sweep(fit):
     """
     print("| w | 1/(2-w) | measured | outliers | coverage | CFG at 1/(2-w): outliers | coverage |\n"
           "|---|---|---|---|---|---|---|", flush=True)
-    plain, noise, y = fit(1), torch.randn(POINTS, 2), torch.arange(POINTS) % 2
+    plain = fit(1)
+    noise = torch.randn(POINTS, 2)
+    y = torch.arange(POINTS) % 2
     for w in SWEEP:
-        mg, scale = fit(w), 1 / (2 - w)
+        mg = fit(w)
+        scale = 1 / (2 - w)
         row = [w, scale, measured_scale(mg, plain), *scores(sample(mg, noise, y)[-1], y),
                *scores(sample(plain, noise, y, cfg=scale)[-1], y)]
         print("| " + " | ".join(f"{value:.3f}" for value in row) + " |", flush=True)

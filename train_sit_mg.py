@@ -12,7 +12,8 @@ Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Ma et al.
 # ================================================ the same in train_dit_mg.py and train_sit_mg.py
 import contextlib
 import copy
-import os
+import functools
+import math
 import signal
 import time
 from pathlib import Path
@@ -30,7 +31,9 @@ from data import Data
 from sample import balanced, save_classes, save_curves, save_log, write_samples
 
 # ================================================ SiT's own
-KIND, DIGITS_STEPS = "SiT", 800
+KIND = "SiT"
+T_NOISE = 1  # the time of pure noise
+DIGITS_STEPS = 800
 
 
 def draw_t(n, generator):
@@ -39,81 +42,304 @@ def draw_t(n, generator):
 
 
 # ================================================ the same in train_dit_mg.py and train_sit_mg.py
-def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null=None, guide=None, share=1.0,
-            t_max=1.0, others=None):
-    """The loss of each sample, (N,). The unit to copy; it draws nothing itself.
+def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null, guide=None, share=1.0,
+            others=None):
+    """The loss of each sample, (N,). The function to copy: it draws nothing itself.
 
-    model(x_t (N, C, H, W), t (N,), y) -> (N, C, H, W); DiT's has C more channels, the variances.
-    teacher: the EMA network (Eq. 18); the model, bare or wrapped by DDP or torch.compile, whose
-        output is reused (Eq. 20); None: plain diffusion. Under DDP pass the bare network.
-    x0 (N, C, H, W): data; y: labels (N,) int64, or any other condition (N, ...).
-    w: guidance scale, a number or (N,); 1 is off. Scale-aware: the model also takes it (Eq. 21).
-    t (N,), noise (like x0): the time and noise of each sample.
-    dropped (N,) bool: who gets the empty condition and the plain target. If your own code drops
-        labels too, they are dropped twice: turn that off, but keep its empty class.
-    null: the empty condition, broadcast over the batch; None: the label model.num_classes.
-    guide (N,) bool, share: which samples get the guidance term, and the probability of that;
-        None: all of them.
-    t_max: guide only at noise times up to this, 0 to 1.
-    others (N, L): L labels, distinct and not y, in place of the empty condition (Eq. 23).
+    model(x_t, t, y) -> like x0; a DiT has as many channels again (dim 1), for the variance.
+        Scale-aware (Eq. 21): lambda x, t, y: network(x, t, y, w), with the network as the teacher.
+    teacher: the EMA network (Eq. 18); the model itself (Eq. 20), whose output is then reused; or
+        None, for plain diffusion. Under DDP pass the network that DDP wraps.
+    x0 (N, ...): data of any shape; y (N,) int64: labels, or any other condition (N, ...)
+    w: guidance scale, a number or (N,); 1 is off
+    t (N,), noise (N, ...): the time and the noise of each sample
+    dropped (N,) bool: these get the empty condition and the plain target. If your model or loader
+        drops labels too, turn that off, but keep its empty embedding.
+    null: the empty condition, a label or a tensor like y[0]
+    guide (K,) int64: the samples to guide; a dropped one never is. None: all that keep their label.
+    share: the probability of being chosen for guide; the guidance term is divided by it. Only below
+        t 0.75, and there a quarter: guide = ((t < 0.75) & (torch.rand(N) < 0.25)).nonzero()[:, 0]
+    others (N, L) int64: L labels, distinct and not y, in place of the empty condition (Eq. 23)
+    ValueError: share without guide, or a guide that is a mask.
     """
-    def move(draw):  # via pinned memory, so that CPU draws are copied without synchronising
-        draw = draw.pin_memory() if x0.is_cuda and not draw.is_cuda else draw
-        return draw.to(x0.device, non_blocking=True)
-
-    def unwrap(module):  # DDP(torch.compile(network)) -> network
-        module = getattr(module, "module", module)
-        return getattr(module, "_orig_mod", module)
+    if guide is None and share != 1:
+        raise ValueError("share needs guide, the samples that were chosen with that probability")
+    if guide is not None and guide.dtype == torch.bool:
+        raise ValueError("guide is a mask; give the indices of its samples, guide.nonzero()[:, 0]")
+    C = x0.shape[1]
+    per_sample = [-1] + [1] * (x0.ndim - 1)  # the shape in which a number a sample multiplies x0
 
     # ============================================ SiT's own
-    # 1. corrupt: x_t and the plain target, (N, C, H, W) each
-    noise_time, t = t, move(t)
-    s = t.view(-1, 1, 1, 1)
+    # 1. corrupt: x_t and the plain target, (N, ...) each
+    s = t.view(per_sample)
     x_t = (1 - s) * x0 + s * noise                                                 # Eq. 4
     target = noise - x0                                                            # Eq. 6, v = -u
 
     # ============================================ the same in train_dit_mg.py and train_sit_mg.py
-    # 2. guide: the K samples that keep their label, have noise_time <= t_max and w != 1
-    if share != 1 and guide is None:
-        raise ValueError("share needs guide, the samples that get the term")
-    net, C, place = unwrap(model), x0.shape[1], dropped.device
-    w = torch.as_tensor(w, dtype=target.dtype).expand(len(x0)).contiguous()
-    guided = ~dropped & (noise_time.to(place) <= t_max) & (w.to(place) != 1)
-    if guide is not None:
-        guided &= guide.to(place)
-    k = move(guided.nonzero().squeeze(1))                                          # (K,)
-    w, dropped, y = move(w), move(dropped), move(y)
-    null = torch.full_like(y[:1], net.num_classes) if null is None else move(null)
-    label = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
-    scale_aware = getattr(net, "scale_aware", False)
-    out = model(x_t, t, label, *([torch.where(dropped, 0, w)] if scale_aware else []))
+    # 2. predict
+    empty = torch.zeros_like(y) + null                                             # (N, ...)
+    label = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), empty, y)
+    out = model(x_t, t, label)                                                     # (N, ...)
 
-    def teach(condition, scale):  # not through DDP: it would wait for the other processes
-        scales = [torch.full_like(w[k], scale)] if scale_aware else []
-        out_k = getattr(teacher, "module", teacher)(x_t[k], t[k], condition, *scales)
-        return out_k[:, :C].to(target.dtype)                                       # (K, C, H, W)
-
+    # 3. guide: the target of K samples
+    k = (~dropped).nonzero()[:, 0] if guide is None else guide                     # (K,)
     if teacher is not None and len(k):
+        def teach(condition):
+            return teacher(x_t[k], t[k], condition)[:, :C].to(target.dtype)        # (K, ...)
         with torch.no_grad():                                                      # sg(.)
-            if unwrap(teacher) is net and not scale_aware:  # the student's own output
+            if teacher is model or teacher is getattr(model, "module", None):  # bare, or in DDP
                 cond = out[k, :C].to(target.dtype)
             else:
-                cond = teach(y[k], 1)
+                cond = teach(y[k])
             if others is None:
-                uncond = teach(null.expand_as(y)[k], 0)  # scale-aware: (empty, 0), Eq. 22
-            else:  # Eq. 23
-                uncond = sum(teach(other, 1) for other in move(others)[k].T) / others.shape[1]
-            # The minimiser of a squared loss depends only on the target's mean: guiding a random
-            # share of the samples, scaled by 1/share, keeps that mean.
-            w_k = w[k].view(-1, 1, 1, 1)
+                uncond = teach(empty[k])
+            else:                                                                  # Eq. 23
+                uncond = sum(teach(other) for other in others[k].T) / others.shape[1]
+            w_k = torch.where(dropped[k], 1, (x0.new_zeros(len(x0)) + w)[k]).view(per_sample)
+            # Guiding a random share of the samples, 1/share times as much, keeps the target's mean.
             target[k] += (w_k - 1) / share * (cond - uncond)                       # Eq. 18, 20, 22
 
     # ============================================ SiT's own
-    # 3. learn
-    return (out - target).square().mean((1, 2, 3))                                 # Eq. 19
+    # 4. learn
+    return (out - target).square().flatten(1).mean(1)                              # Eq. 19
 
 
 # ================================================ the same in train_dit_mg.py and train_sit_mg.py
+AUTO_CFG = 1.1      # --w auto: the guidance on top that is tried,
+AUTO_RATE = 0.1     # how fast w moves,
+AUTO_MAX = 1.9      # and how far
+SCALED_SHARE = 0.2  # --w-range: this share of all samples draws a scale, the rest is at 1 (authors)
+RAMP = 1000         # --init: steps over which w ramps up
+
+
+def draw(args, data, step, w):
+    """The small draws of a step, for its whole batch and on the CPU: a function of (seed, step).
+
+    Every process and every part of --accum takes its rows of them, so that the run is the same for
+    any number of both, and knows whom it guides without waiting for a GPU.
+    -> index (N,) int64 and flip (N,) bool, for data.get(); guided (N,) bool: who gets the guidance
+    term; a dict of mg_loss's t, dropped, w (N,) and, with --num-labels, others (N, L)
+    """
+    n = args.batch
+    cpu = models.generator(args.seed, 0, step)
+    index = data.index(args.seed, step, n)
+    t = draw_t(n, cpu)
+    dropped = torch.rand(n, generator=cpu) < args.drop
+    chosen = torch.rand(n, generator=cpu) < args.guide_share
+    flip = torch.rand(n, generator=cpu) < 0.5
+    draws = {"t": t, "dropped": dropped, "w": torch.full((n,), float(w))}
+    if args.num_labels:  # distinct offsets from the own label, 1 to classes - 1
+        classes = len(data.classes)
+        order = torch.rand(n, classes - 1, generator=cpu)
+        offsets = 1 + order.topk(args.num_labels).indices
+        draws["others"] = (torch.from_numpy(data.labels[index])[:, None] + offsets) % classes
+    if args.w_range:
+        low, high = args.w_range
+        scaled = torch.rand(n, generator=cpu) < SCALED_SHARE / (1 - args.drop)  # if not dropped
+        scale = low + (high - low) * torch.rand(n, generator=cpu)
+        draws["w"] = torch.where(scaled, scale, 1.0)
+    guided = chosen & ~dropped & (t <= args.t_max * T_NOISE) & (draws["w"] != 1)
+    return index, flip, guided, draws
+
+
+def train(args, data, rank, world, device):
+    out = Path(args.out)
+    batch = args.batch
+    micro = batch // (world * args.accum)
+    if batch != micro * world * args.accum:
+        raise ValueError(f"--batch {batch}: must be a multiple of processes times --accum, "
+                         f"{world} x {args.accum}")
+    # ---------------- a new run, or the last checkpoint's
+    auto = str(args.w).startswith("auto")
+    shape = {"input_size": data.shape[1], "in_channels": data.shape[0],
+             "num_classes": len(data.classes), "scale_aware": args.w_range is not None}
+    free = FREE if auto else FREE + EVALUATION
+    config = {key: value for key, value in vars(args).items() if key not in free} | shape | {
+        "data": data.identity, "vae": data.vae, "ramp": RAMP if args.init else 0}
+    saved, notes = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
+    torch.manual_seed(args.seed)
+    if args.init and not saved:
+        model, notes = checkpoints.initialize_from(args.init, args.model, shape)
+    else:
+        model = models.create_model(args.model, **shape)
+    if model.kind != KIND:
+        raise ValueError(f"--model {args.model}: this script trains a {KIND}")
+    model = model.to(device)
+    model.recompute = args.recompute
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
+    step = 0
+    scored = 0                             # the step of the last evaluation
+    w_now = 1.0 if auto else args.w        # --w auto moves it
+    log = []                               # the rows of log.csv
+    losses = torch.zeros(0)                # of the steps since the last row
+    if saved:
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+        scored = saved["scored"]
+        w_now = saved["w"]
+        log = saved["log"]
+        losses = saved["losses"]
+        del saved
+    losses = losses.to(device)
+    start = step
+    span = models.reduce(torch.tensor([step, -step]), dist.ReduceOp.MAX).sum()
+    if span:  # the largest step minus the smallest
+        raise ValueError(f"--out {out}: the processes find checkpoints {span} steps apart in it; "
+                         "it must be a folder that all machines share")
+    vae = models.load_vae(data.vae, device) if data.vae else None
+    reference = None
+    if args.eval_samples:
+        reference = fid.load_reference(
+            args.reference or args.data, "digits" if data.kind == "digits" else "inception",
+            size=data.size, weights=args.weights)
+    net = torch.compile(model) if args.compile else model
+    average = torch.compile(ema) if args.compile else ema
+    teacher = net if args.teacher == "online" else average
+    if world > 1:
+        net = DistributedDataParallel(net, broadcast_buffers=False)
+    weights = [p.detach() for p in model.parameters()]
+    ema_weights = list(ema.parameters())
+    if rank == 0:
+        print(*describe(args, data), *notes, sep="\n", flush=True)
+
+    def save():
+        if rank == 0:
+            checkpoints.save_checkpoint(out / "ckpt.pt", {
+                "config": config, "classes": data.classes, "step": step, "scored": scored,
+                "w": w_now, "log": log, "losses": losses, "model": model.state_dict(),
+                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+
+    def every(n):
+        return n and step % n == 0
+
+    def scale(step):
+        """The w of a step: 1, plain training, before --start-step; after --init it ramps up."""
+        ramp = (step + 1 - args.start_step) / max(1, config["ramp"])
+        return 1 if args.w_range else 1 + (w_now - 1) * min(1, max(0, ramp))
+
+    stop = torch.tensor(0)  # the number of a signal that arrived
+    listen(lambda number, _: stop.fill_(number))
+    bar = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0)
+    clock = time.perf_counter()
+    since = step
+    while True:
+        # ---------------- log, save, evaluate; a run that resumes does here what is still due
+        stopped = models.reduce(stop.clone(), dist.ReduceOp.MAX).item()  # on the CPU: no GPU waits
+        last = step == args.steps
+        due = step > scored and (last or every(args.eval_every))
+        saving = step > start and (last or args.save_every and (due or every(args.save_every)))
+        logging = len(losses) and (due or saving or every(args.log_every))
+        if due or saving or logging or stopped:
+            losses = models.reduce(losses) / world
+            if not torch.stack([x.isfinite().all() for x in (losses, *ema_weights)]).all():
+                raise ValueError(f"the loss or a weight is not finite at step {step}; earlier "
+                                 f"checkpoints stay. Lower --lr or --w, or give --clip")
+            if logging:
+                speed = (step - since) * batch / (time.perf_counter() - clock)
+                log.append({"step": step, "loss": losses.double().mean().item(),
+                            "images_per_s": round(speed, 1),
+                            "w": "" if args.w_range else scale(step - 1)})
+                losses = losses[:0]
+                bar.set_postfix_str(f"loss {log[-1]['loss']:.4f}, {speed:.0f} images/s")
+                if rank == 0:
+                    save_log(log, out / "log.csv")
+            if saving or stopped and step > start:
+                save()
+            if stopped:
+                bar.close()
+                if rank == 0:
+                    print(f"step {step} is saved in {out}; run the same command to resume")
+                raise SystemExit(128 + stopped)
+            if due:
+                listen(signal.SIG_DFL)  # all is saved: here signals end the process at once
+                run = [args, ema, data, vae, reference, step, w_now]
+                rival = next((row["fid"] for row in reversed(log) if "fid" in row), math.inf)
+                if args.w == "auto" and not last:
+                    rival = evaluate(*run, cfg=AUTO_CFG)["fid"]
+                scores = evaluate(*run)
+                if auto and not last:
+                    # Raise w if the competitor's FID is lower, else lower it. auto: the same
+                    # network with CFG on top; auto-paper: the last evaluation's (Sec. 3.3).
+                    goal = AUTO_MAX if rival < scores["fid"] else 1
+                    w_now += AUTO_RATE * (goal - w_now)
+                log[-1] |= scores
+                scored = step
+                if saving or step == start:
+                    save()
+                if rank == 0:
+                    save_log(log, out / "log.csv")
+                    save_curves(log, out / "curves.png")
+                    if scores:
+                        figures = [f"{key} {value:.3f}" for key, value in scores.items()]
+                        tqdm.write(f"step {step}: {', '.join(figures)}")
+                listen(lambda number, _: stop.fill_(number))
+            clock = time.perf_counter()
+            since = step
+        if last:
+            break
+        # ---------------- the training step
+        index, flip, guided, draws = draw(args, data, step, scale(step))
+        gpu = models.generator(args.seed, 1, step, device=device)
+        noise = torch.randn(batch, *data.shape, generator=gpu, device=device)
+        posterior = torch.randn(batch, *data.shape, generator=gpu, device=device)
+        losses = torch.cat([losses, losses.new_zeros(1)])
+        for i in range(args.accum):
+            part = slice((i * world + rank) * micro, (i * world + rank + 1) * micro)
+            x0, y = data.get(index[part], flip[part], posterior[part])
+            mine = {key: models.move(x[part], device) for key, x in draws.items()}
+            guide = models.move(guided[part].nonzero()[:, 0], device)
+            student = net
+            if args.w_range:
+                student = functools.partial(net, w=mine["w"])
+            net.require_backward_grad_sync = i == args.accum - 1  # DDP adds up after the last part
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+                loss = mg_loss(student, teacher if step >= args.start_step else None, x0, y,
+                               noise=noise[part], null=len(data.classes), guide=guide,
+                               share=args.guide_share, **mine).mean() / args.accum
+                loss.backward()
+            losses[-1] += loss.detach()
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
+        step += 1
+        bar.update()
+    bar.close()
+    if rank == 0:
+        print(f"{out} has ckpt.pt, log.csv, curves.png, samples.png and samples.npz")
+
+
+def evaluate(args, ema, data, vae, reference, step, w, cfg=1.0):
+    """Draws OUT/samples.npz and .png with the EMA, in all processes. -> the scores, if any."""
+    path = Path(args.out) / "samples.npz"
+    classes = len(data.classes)
+    if args.eval_samples:
+        labels = balanced(args.eval_samples, classes)
+    else:  # a row of the picture each
+        labels = balanced(min(10, classes), classes).repeat_interleave(10)
+    record = {"checkpoint": f"{args.out}/ckpt.pt", "step": step, "weights": "ema",
+              "model": args.model, "trained_w": args.w_range or w, "vae": data.vae,
+              "class_labels": "balanced"}
+    write_samples(path, ema, labels, args.seed, batch=args.eval_batch, record=record, vae=vae,
+                  dtype=args.dtype, resume=False, steps=args.eval_steps, cfg=cfg,
+                  w=sum(args.w_range) / 2 if args.w_range else None)
+    if models.ranks()[0] == 0:
+        with np.load(path) as samples:
+            save_classes(samples["arr_0"], labels, path.with_suffix(".png"))
+    return fid.evaluate(path, reference) if args.eval_samples else {}
+
+
+def listen(handler):
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- flags
+
 PRESETS = {  # by the kind of --data
     "digits": {  # scikit-learn's 8x8 scans, on a laptop
         "model": f"{KIND}-T/2", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": DIGITS_STEPS,
@@ -128,9 +354,6 @@ PRESETS = {  # by the kind of --data
         "eval_every": 50_000, "eval_samples": 5000, "eval_steps": 250, "eval_batch": 64,
         "save_every": 10_000, "log_every": 100},
 }
-AUTO_CFG, AUTO_RATE, AUTO_MAX = 1.1, 0.1, 1.9  # --w auto: CFG on top; moving average; its ceiling
-DRAWN = 0.2  # --w-range: share of all samples that draw a scale; the rest is at 1 (the authors)
-RAMP = 1000  # --init: steps over which w ramps up
 # Flags that may differ when a run is resumed: they don't change what is trained.
 FREE = ["data", "init", "steps", "accum", "compile", "recompute", "eval_batch", "save_every",
         "log_every", "weights", "out"]
@@ -140,7 +363,8 @@ EVALUATION = ["eval_every", "eval_samples", "eval_steps", "reference"]  # free b
 def parse_args(argv):
     """-> the flags, with the preset's values where none is given, and the Data."""
     number = models.number
-    count, positive = number("[0, inf)", int), number("[1, inf)", int)
+    count = number("[0, inf)", int)
+    positive = number("[1, inf)", int)
 
     def scale(text):
         return text if text in ("auto", "auto-paper") else number()(text)
@@ -248,214 +472,11 @@ def describe(args, data):
         yield f"warning: {args.steps * args.batch // len(data)} epochs of so few images overfit"
 
 
-def evaluate(args, ema, data, vae, reference, record, cfg=1.0):
-    """Draws OUT/samples.npz and .png with the EMA, in all processes. -> the scores, if any."""
-    path, classes = Path(args.out) / "samples.npz", len(data.classes)
-    labels = (balanced(args.eval_samples, classes) if args.eval_samples else
-              balanced(min(10, classes), classes).repeat_interleave(10))
-    w = sum(args.w_range) / 2 if args.w_range else None
-    write_samples(path, ema, labels, args.seed, batch=args.eval_batch, record=record, vae=vae,
-                  dtype=args.dtype, resume=False, steps=args.eval_steps, w=w, cfg=cfg)
-    if models.ranks()[0] == 0:
-        with np.load(path) as samples:
-            save_classes(samples["arr_0"], labels, path.with_suffix(".png"))
-    return fid.evaluate(path, reference) if args.eval_samples else {}
-
-
 def main(argv=None):
     args, data = parse_args(argv)
     rank, world, device = models.setup()
     with models.locked(args.out) if rank == 0 else contextlib.nullcontext():
         train(args, data, rank, world, device)
-
-
-def train(args, data, rank, world, device):
-    out, batch, micro = Path(args.out), args.batch, args.batch // (world * args.accum)
-    if batch != micro * world * args.accum:
-        raise ValueError(f"--batch {batch}: must be a multiple of processes times --accum, "
-                         f"{world} x {args.accum}")
-    # ---------------- networks: new ones, or the last checkpoint's
-    auto = str(args.w).startswith("auto")
-    shape = {"input_size": data.shape[1], "in_channels": data.shape[0],
-             "num_classes": len(data.classes), "scale_aware": args.w_range is not None}
-    config = shape | {"data": data.identity, "vae": data.vae, "ramp": RAMP if args.init else 0} | {
-        key: value for key, value in vars(args).items()
-        if key not in FREE and (auto or key not in EVALUATION)}
-    last, notes, rewrite = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
-    torch.manual_seed(args.seed)
-    if args.init and not last:
-        model, notes = checkpoints.initialize_from(args.init, args.model, shape)
-    else:
-        model = models.create_model(args.model, **shape)
-    if model.kind != KIND:
-        raise ValueError(f"--model {args.model}: this script trains a {KIND}")
-    model.recompute, model = args.recompute, model.to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
-    step, rows, losses, w_now = 0, [], torch.zeros(0, device=device), 1.0 if auto else args.w
-    if last:
-        for key, target in ("model", model), ("ema", ema), ("optimizer", optimizer):
-            target.load_state_dict(last[key])
-        step, rows, losses, w_now = last["step"], last["log"], last["losses"].to(device), last["w"]
-        del last
-    agreed = models.reduce(torch.tensor([step, -step]), dist.ReduceOp.MAX)
-    if agreed.sum():
-        raise ValueError(f"--out {out}: one process finds step {agreed[0]} in it and another "
-                         f"{-agreed[1]}; it must be a folder that all machines share")
-    if rewrite and rank == 0:  # unreadable: it must not replace the one before it
-        (out / "ckpt.pt").unlink(missing_ok=True)
-    vae = models.load_vae(data.vae, device) if data.vae else None
-    reference = fid.load_reference(
-        args.reference or args.data, "digits" if data.kind == "digits" else "inception",
-        size=data.size, weights=args.weights) if args.eval_samples else None
-    net = torch.compile(model) if args.compile else model
-    average = torch.compile(ema) if args.compile else ema
-    teacher = net if args.teacher == "online" else average
-    net = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    weights, ema_weights = [p.detach() for p in model.parameters()], list(ema.parameters())
-    if rank == 0:
-        print(*describe(args, data), *notes, sep="\n", flush=True)
-
-    def save():
-        if rank == 0:
-            checkpoints.save_checkpoint(out / "ckpt.pt", {
-                "config": config, "step": step, "model": model.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "log": rows,
-                "losses": losses, "w": w_now, "classes": data.classes})
-
-    def draw_log():
-        if rank == 0:
-            save_log(rows, out / "log.csv")
-            save_curves(rows, out / "curves.png")
-
-    def score():
-        """Evaluates; the scores join the last row of the log; --w auto moves."""
-        nonlocal w_now
-        record = {"checkpoint": str(out / "ckpt.pt"), "step": step, "weights": "ema",
-                  "model": args.model, "trained_w": args.w_range or w_now, "vae": data.vae,
-                  "class_labels": "balanced"}
-        # w rises where a rival has the better FID: the same network with CFG on top, or for
-        # auto-paper the network at the last evaluation (Sec. 3.3 gives that rule in words).
-        rival = next((row["fid"] for row in reversed(rows) if "fid" in row), np.inf)
-        if args.w == "auto" and step < args.steps:
-            rival = evaluate(args, ema, data, vae, reference, record, cfg=AUTO_CFG)["fid"]
-        scores = evaluate(args, ema, data, vae, reference, record)
-        if auto and step < args.steps:
-            w_now += AUTO_RATE * ((AUTO_MAX if rival < scores["fid"] else 1) - w_now)
-        rows[-1] |= scores
-        draw_log()
-        if rank == 0 and scores:
-            tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-
-    def due(step):
-        return step == args.steps or args.eval_every and step % args.eval_every == 0
-
-    def note(number, _):  # torchrun forwards a Ctrl-C: one that comes at once is the same
-        if signals and time.perf_counter() > signals[0][1] + 1:
-            os._exit(128 + number)
-        signals.append((number, time.perf_counter()))
-
-    def listen(handler):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
-    if step and due(step):
-        fresh = not rows or rows[-1]["step"] != step  # a signal saved it, and it is due only now
-        if fresh:
-            rows.append({"step": step, "loss": losses.double().mean().item(),
-                         "images_per_s": "", "w": ""})
-        drawn = (out / "samples.png").exists() and (not args.eval_samples or "fid" in rows[-1])
-        if fresh or not drawn:  # the run ended in this evaluation
-            score()
-            rewrite = True
-    if rewrite:
-        save()
-    if step:  # the log may be gone, or ahead of the checkpoint
-        draw_log()
-    bar = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0)
-    begin, since, signals = time.perf_counter(), step, []
-    while step < args.steps:
-        listen(note)
-        # ---------------- the training step. All is drawn for the whole batch, from (seed, step):
-        # every number of processes and every --accum give the same run. Small draws on the CPU.
-        index, cpu = data.index(args.seed, step, batch), models.generator(args.seed, 0, step)
-        gpu = models.generator(args.seed, 1, step, device=device)
-        draws = {"t": draw_t(batch, cpu), "dropped": torch.rand(batch, generator=cpu) < args.drop,
-                 "guide": torch.rand(batch, generator=cpu) < args.guide_share}
-        flip = torch.rand(batch, generator=cpu) < 0.5
-        if args.num_labels:  # 1 to classes - 1 ahead of the sample's own
-            classes = len(data.classes)
-            order = torch.rand(batch, classes - 1, generator=cpu)
-            ahead = 1 + order.topk(args.num_labels).indices
-            draws["others"] = (torch.from_numpy(data.labels[index])[:, None] + ahead) % classes
-        if args.w_range:
-            low, high = args.w_range
-            drawn = torch.rand(batch, generator=cpu) < DRAWN / (1 - args.drop)  # of the kept ones
-            w = torch.where(drawn, low + (high - low) * torch.rand(batch, generator=cpu), 1.0)
-        else:
-            ramp = 1 if step >= args.start_step else 0
-            if config["ramp"]:
-                ramp *= min(1, (step + 1 - args.start_step) / RAMP)
-            w = torch.full((batch,), 1 + (w_now - 1) * ramp)
-        noise = torch.randn(batch, *data.shape, generator=gpu, device=device)
-        posterior = torch.randn(batch, *data.shape, generator=gpu, device=device)
-        losses = torch.cat([losses, losses.new_zeros(1)])
-        for a in range(args.accum):
-            part = slice((a * world + rank) * micro, (a * world + rank + 1) * micro)
-            x0, y = data.get(index[part], flip[part], posterior[part])
-            sync = net.no_sync() if world > 1 and a < args.accum - 1 else contextlib.nullcontext()
-            with sync, torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-                loss = mg_loss(net, teacher if step >= args.start_step else None,
-                               x0, y, w[part], noise=noise[part], share=args.guide_share,
-                               t_max=args.t_max,
-                               **{key: draw[part] for key, draw in draws.items()}).mean()
-                (loss / args.accum).backward()
-            losses[-1] += loss.detach() / args.accum
-        if args.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
-        # ---------------- log, save, evaluate
-        step += 1
-        bar.update()
-        ended = torch.tensor(signals[0][0] if signals else 0)  # on the CPU: no GPU waits
-        ended = models.reduce(ended, dist.ReduceOp.MAX)
-        saving = step == args.steps or args.save_every and (
-            due(step) or step % args.save_every == 0)
-        logging = saving or due(step) or step % args.log_every == 0
-        if not (logging or ended):
-            continue
-        losses = models.reduce(losses) / world
-        if not torch.stack([x.isfinite().all() for x in (losses, *ema_weights)]).all():
-            raise ValueError(f"the loss or a weight is not finite at step {step}; earlier "
-                             f"checkpoints stay. Lower --lr or --w, or give --clip")
-        if logging:
-            speed = (step - since) * batch / (time.perf_counter() - begin)
-            rows.append({"step": step, "loss": losses.double().mean().item(),
-                         "images_per_s": round(speed, 1), "w": "" if args.w_range else w[0].item()})
-            bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {speed:.0f} images/s")
-            losses = losses[:0]
-            if rank == 0:
-                save_log(rows, out / "log.csv")
-        if due(step) and rank == 0:  # whose absence shows that the evaluation has to be made
-            (out / "samples.png").unlink(missing_ok=True)
-        if saving or ended:
-            save()
-        if ended:
-            bar.close()
-            if rank == 0:
-                print(f"step {step} is saved in {out}; run the same command to resume")
-            raise SystemExit(128 + ended.item())
-        if due(step):
-            listen(signal.SIG_DFL)  # in an evaluation, signals end the process at once
-            score()
-            if saving:
-                save()
-        begin, since = time.perf_counter(), step
-    bar.close()
-    if rank == 0:
-        print(f"{out} has ckpt.pt, log.csv, curves.png, samples.png and samples.npz")
 
 
 if __name__ == "__main__":

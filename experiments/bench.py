@@ -61,19 +61,25 @@ def training_step(name, input_size, channels, batch, teacher="ema", share=1.0, t
     net, average = (wrap(model), wrap(ema)) if wrap else (model, ema)
     teacher = {"ema": average, "online": net, None: None}[teacher]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
-    weights, ema_weights = [p.detach() for p in model.parameters()], list(ema.parameters())
+    weights = [p.detach() for p in model.parameters()]
+    ema_weights = list(ema.parameters())
     x0 = torch.randn(batch, channels, input_size, input_size, device=DEVICE)
-    y, generator = torch.randint(1000, (batch,)), torch.Generator().manual_seed(0)
+    y = torch.randint(1000, (batch,), device=DEVICE)
+    cpu = torch.Generator().manual_seed(0)
 
     def step():
-        def uniform():
-            return torch.rand(batch, generator=generator)
-        others = (y[:, None] + 1 + torch.rand(batch, 999).topk(labels).indices) % 1000
+        t = script.draw_t(batch, cpu)
+        dropped = torch.rand(batch, generator=cpu) < 0.1
+        chosen = torch.rand(batch, generator=cpu) < share
+        guided = chosen & ~dropped & (t <= t_max * script.T_NOISE)
+        draws = {"t": t, "dropped": dropped, "guide": guided.nonzero()[:, 0]}
+        draws = {key: models.move(x, x0.device) for key, x in draws.items()}
+        if labels:
+            offsets = 1 + torch.rand(batch, 999, device=DEVICE).topk(labels).indices
+            draws["others"] = (y[:, None] + offsets) % 1000
         with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
-            script.mg_loss(net, teacher, x0, y, 1.5, t=script.draw_t(batch, generator),
-                           noise=torch.randn_like(x0), dropped=uniform() < 0.1,
-                           guide=uniform() < share, share=share, t_max=t_max,
-                           others=others if labels else None).mean().backward()
+            script.mg_loss(net, teacher, x0, y, 1.5, noise=torch.randn_like(x0), null=1000,
+                           share=share, **draws).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(ema_weights, weights, 1e-4)
@@ -124,7 +130,8 @@ def bench_sampling():
 
 def bench_fid():
     from scipy.linalg import sqrtm
-    rng, stats = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    stats = []
     for _ in range(2):
         x = rng.standard_normal((5000, 2048)) * np.exp(rng.standard_normal(2048))
         stats += [x.mean(0), np.cov(x, rowvar=False)]

@@ -16,7 +16,8 @@ import toy_mg
 FILE = ROOT / "out" / "experiments" / "board.jsonl"
 STEPS = 4000
 USUAL = {"teacher": "ema", "share": 1, "ema": 0.995, "batch": 256}  # toy_mg.train()'s defaults
-TEACHERS, SHARES = ("ema", "online"), (1, 1 / 4)
+TEACHERS = ("ema", "online")
+SHARES = (1, 1 / 4)
 SETTINGS = [USUAL | changes for changes in [
     *({"w": w, "teacher": teacher} for teacher in TEACHERS for w in (*toy_mg.SWEEP, 2.1, 2.5)),
     *({"w": w, "teacher": teacher, "share": 1 / 4} for teacher in TEACHERS for w in toy_mg.SWEEP),
@@ -26,7 +27,8 @@ SETTINGS = [USUAL | changes for changes in [
 
 
 def run(seed, rows):
-    y, plain = torch.arange(toy_mg.POINTS) % 2, {}
+    y = torch.arange(toy_mg.POINTS) % 2
+    plain = {}
     for setting in SETTINGS:
         done = {"seed": seed} | setting
         if any(done.items() <= row.items() for row in rows):
@@ -60,7 +62,8 @@ def main():
         found = [row for row in rows if setting.items() <= row.items()]
         if not found:
             continue
-        w, law = setting["w"], 1 / (2 - setting["w"])
+        w = setting["w"]
+        law = 1 / (2 - setting["w"])
         cells = [w, setting["teacher"], setting["share"], setting["ema"], setting["batch"],
                  f"{law:.2f}" if w < 2 else "none", f"{mean(r['measured'] for r in found):.2f}",
                  " ".join(f"{r['measured']:.2f}" for r in found)]

@@ -18,13 +18,14 @@ if ALIKE:
     sys.argv.remove("--alike")
 
 
-def gft_loss(model, teacher, x0, y, w, *, t, noise, dropped, **_):
+def gft_loss(model, teacher, x0, y, w, *, t, noise, dropped, null, **_):
     s = t.view(-1, 1, 1, 1)
-    x_t, target = (1 - s) * x0 + s * noise, noise - x0
-    label = torch.where(dropped, model.num_classes, y)
+    x_t = (1 - s) * x0 + s * noise
+    target = noise - x0
+    label = torch.where(dropped, null, y)
     beta = torch.where(dropped, 1, 2 - w)
     with torch.no_grad():
-        empty = model(x_t, t, torch.full_like(y, model.num_classes))
+        empty = model(x_t, t, torch.full_like(y, null))
     scale = beta.view(-1, 1, 1, 1)
     out = scale * model(x_t, t, label) + (1 - scale) * empty
     loss = (out - target).square().mean((1, 2, 3))

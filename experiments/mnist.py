@@ -25,7 +25,8 @@ import models
 from data import Data
 from sample import save_grid
 
-PREPARED, WEIGHTS = ROOT / "out" / "mnist-28", ROOT / "out" / "mnist-cnn.pt"
+PREPARED = ROOT / "out" / "mnist-28"
+WEIGHTS = ROOT / "out" / "mnist-cnn.pt"
 
 
 def write_images(folder):
@@ -65,7 +66,8 @@ def net(images, labels):
     held_out = torch.arange(len(images)) % 5 == 0
     images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     labels = torch.from_numpy(labels)
-    x_train, y_train = images[~held_out], labels[~held_out]
+    x_train = images[~held_out]
+    y_train = labels[~held_out]
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=1200)
     for _ in range(1200):

@@ -23,10 +23,12 @@ def scores():
         if path.suffix == ".md":  # fid.py's table
             lines = [line.split("|")[1:-1] for line in path.read_text().splitlines()]
             row = {key.strip().lower(): cell.strip() for key, cell in zip(lines[0], lines[2])}
-            rows, name = [row | {"step": 0}], path.stem
+            rows = [row | {"step": 0}]
+            name = path.stem
         else:
             with path.open() as f:
-                rows, name = list(csv.DictReader(f)), path.parent.name
+                rows = list(csv.DictReader(f))
+                name = path.parent.name
         rows = {int(row["step"]): row for row in rows if row.get("accuracy")}
         if rows:
             name, seed = re.fullmatch(r"(.*)-s(\d+)", name).groups()
@@ -54,7 +56,8 @@ def price(path):
     """FD against what training has cost: a figure, and a table at 400, 800, 1600 plain steps."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3.6), layout="tight")
-    axis, found = figure.add_subplot(), scores()
+    axis = figure.add_subplot()
+    found = scores()
     table = {}
     for label, (name, cost) in LINES.items():
         steps = sorted(set.intersection(*(set(rows) for rows in found[name].values())))
