@@ -6,6 +6,7 @@ Ours is a dict: config (plain values), step, model, ema, optimizer (state dicts)
 log.csv), losses (since the last row), w (at this step), classes (names). No pickled code is run.
 """
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 import models
+import runtime
 
 SHAPE = ("input_size", "in_channels", "num_classes", "scale_aware")
 
@@ -30,7 +32,7 @@ def previous(path):
 
 def save_checkpoint(path, state):
     """Writes the dict, and keeps the file before it. At each moment one of the two is whole."""
-    with models.atomic(path) as f:
+    with runtime.atomic(path) as f:
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())  # on the disk before the old one gives way
@@ -114,6 +116,40 @@ def initialize_from(path, name, shape):
                          f"{model.in_channels}x{model.input_size}x{model.input_size} "
                          f"({str(e).splitlines()[-1].strip()})") from None
     return model, notes
+
+
+def save_log(rows, path):
+    """Dicts -> a .csv, with a column for each key that one of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns] + [[str(row.get(key, "")) for key in columns] for row in rows]
+    with runtime.atomic(path) as f:
+        f.write("".join(",".join(line) + "\n" for line in lines).encode())
+
+
+def save_curves(rows, path):
+    """The rows of a log: loss, score and w, each where it was logged and moved."""
+    from matplotlib.figure import Figure
+    curves = {}
+    for name, key in ("loss", "loss"), ("Fréchet distance", "fid"), ("w", "w"):
+        points = [(row["step"], row[key]) for row in rows if row.get(key, "") != ""]
+        if len({value for _, value in points}) > 1:
+            curves[name] = points
+    figure = Figure(figsize=(4.5 * max(1, len(curves)), 3.2), layout="tight")
+    for i, (name, points) in enumerate(curves.items(), 1):
+        axis = figure.add_subplot(1, len(curves), i)
+        axis.plot(*zip(*points, strict=True))
+        axis.set(xlabel="step", ylabel=name, yscale="linear" if name == "w" else "log")
+        axis.grid(alpha=0.3, which="both")
+    with runtime.atomic(path) as f:
+        figure.savefig(f, format="png", dpi=120)
+
+
+def fingerprint(module):
+    """SHA-256 of a network's weights, in hexadecimal."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(key.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- any checkpoint -> a network
@@ -329,7 +365,7 @@ def from_diffusers(folder):
 
 
 def main(argv=None):
-    p = models.command_line(__doc__)
+    p = runtime.command_line(__doc__)
     p.add_argument("checkpoint", metavar="CKPT", help="of a DiT: ours, or a public file")
     p.add_argument("--to-diffusers", metavar="DIR", required=True, help="a new folder")
     p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [trained with]")
@@ -341,4 +377,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    models.run(main)
+    runtime.run(main)

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import models
+import runtime
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -95,8 +97,8 @@ class Data:
         x = torch.from_numpy(x)
         y = torch.from_numpy(self.labels[index])
         if posterior is not None:
-            x = models.move(x, posterior.device)
-            y = models.move(y, posterior.device)
+            x = runtime.move(x, posterior.device)
+            y = runtime.move(y, posterior.device)
         if self.kind != "latents":
             return x.permute(0, 3, 1, 2) / 127.5 - 1, y
         mean, std = x.float().unbind(1)
@@ -105,7 +107,7 @@ class Data:
 
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
-    return torch.randperm(n, generator=models.generator(seed, 2, epoch))
+    return torch.randperm(n, generator=runtime.generator(seed, 2, epoch))
 
 
 def digits():
@@ -207,18 +209,18 @@ def fill(folder, info, make, *, free=(), show=True):
     other files, or another process is writing it.
     """
     folder = Path(folder)
-    rank, world = models.ranks()
-    with models.locked(folder) if rank == 0 else contextlib.nullcontext():
+    rank, world = runtime.ranks()
+    with runtime.locked(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             begin(folder, json.loads(json.dumps(info)), free)
-        models.barrier()
+        runtime.barrier()
         array = open_array(folder)
         progress = folder / "progress"
         mine = []
         if progress.exists():
             missing = np.flatnonzero(np.fromfile(progress, np.uint8) == 0)
             mine = np.array_split(missing, world)[rank]
-        models.barrier()  # every rank has seen what is missing
+        runtime.barrier()  # every rank has seen what is missing
         if len(mine):
             with (open(folder / "x.npy", "r+b") as file, open(progress, "r+b") as marks,
                   tqdm(total=len(mine), unit="img", disable=rank > 0 or not show) as bar):
@@ -233,10 +235,10 @@ def fill(folder, info, make, *, free=(), show=True):
                     for row in rows:  # not before the values are on the disk
                         os.pwrite(marks.fileno(), b"\1", row)
                     bar.update(len(rows))
-        models.barrier()
+        runtime.barrier()
         if rank == 0:
             progress.unlink(missing_ok=True)
-        models.barrier()
+        runtime.barrier()
     return array
 
 
@@ -258,13 +260,13 @@ def begin(folder, info, free):
                              f"files to resume, or delete it")
     elif {*os.listdir(folder)} - {"data.json.tmp"}:
         raise ValueError(f"{folder}: has other files in it; give a new or an empty folder")
-    with models.atomic(folder / "data.json") as f:
+    with runtime.atomic(folder / "data.json") as f:
         f.write(json.dumps(info, indent=1).encode() + b"\n")
     if not (folder / "x.npy").exists():
         header = {"descr": info["dtype"], "fortran_order": False, "shape": tuple(info["shape"])}
-        with models.atomic(progress) as f:  # a byte per row
+        with runtime.atomic(progress) as f:  # a byte per row
             f.write(bytes(info["shape"][0]))
-        with models.atomic(folder / "x.npy") as f:
+        with runtime.atomic(folder / "x.npy") as f:
             np.lib.format.write_array_header_1_0(f, header)
             f.truncate(f.tell() + math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize)
 
@@ -299,7 +301,7 @@ def describe(args, paths, labels, classes, vae):
         views = 1 if args.no_flip else 2
         latent = args.size // factor
         local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
-        info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": models.fingerprint(vae),
+        info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
                  "shape": [len(paths), views, 2, vae.config.latent_channels, latent, latent],
                  "vae": os.path.abspath(args.vae) if local else args.vae}
     return info
@@ -335,9 +337,9 @@ def encode_views(vae, images, flip):
 
 
 def parse_args(argv):
-    p = models.command_line(__doc__)
+    p = runtime.command_line(__doc__)
     add = p.add_argument
-    positive = models.number("[1, inf)", int)
+    positive = runtime.number("[1, inf)", int)
     add("folder", metavar="FOLDER", help="holds one folder of images a class")
     add("--size", type=positive, required=True, metavar="PIXELS",
         help="images are cropped to this height and width")
@@ -354,7 +356,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, _, device = models.setup()
+    rank, _, device = runtime.setup()
     paths, labels, classes = class_folders(args.folder)
     vae = None if args.vae == "none" else models.load_vae(args.vae, device)
     info = describe(args, paths, labels, classes, vae)
@@ -375,4 +377,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    models.run(main)
+    runtime.run(main)

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import models
+import runtime
 
 MANIFOLD = 10_000  # real images that precision and recall look at (ADM)
 SPLIT = 5_000      # images in a split of the Inception Score (ADM)
@@ -292,7 +292,7 @@ def digits_net():
         torch.set_num_threads(threads)
     with suppress(OSError):  # not writable: train again next time
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with models.atomic(path) as f:
+        with runtime.atomic(path) as f:
             torch.save(net.state_dict(), f)
     return net.requires_grad_(False)
 
@@ -433,7 +433,7 @@ def statistics(net, images, *, batch, keep):
     -> (stats, Inception Score, share of the images' labels that net agrees with), everywhere alike.
     stats: mu, sigma (of pool), mu_s, sigma_s (of spatial), pool (of the first `keep` images), shape
     """
-    rank, world = models.ranks()
+    rank, world = runtime.ranks()
     device = next(net.parameters()).device
     count = images.count
     if rank == 0 and count < net.widths[0]:
@@ -441,7 +441,7 @@ def statistics(net, images, *, batch, keep):
               "features, FID comes out too high", file=sys.stderr)
     # Moments are of differences from rank 0's features of the first image: so nothing cancels.
     _, first = next(images.batches(1))
-    origins = [models.reduce(x[0].double() * (rank == 0)) for x in net(first.to(device))[:2]]
+    origins = [runtime.reduce(x[0].double() * (rank == 0)) for x in net(first.to(device))[:2]]
     zeros = origins[0].new_zeros
     sums = [zeros(len(x)) for x in origins]
     products = [zeros(len(x), len(x)) for x in origins]
@@ -465,20 +465,20 @@ def statistics(net, images, *, batch, keep):
         p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
         if images.labels is not None:
             right += (probs.argmax(1) == torch.from_numpy(images.labels)[rows].to(device)).sum()
-    stats = {"pool": models.reduce(kept).cpu().numpy(), "shape": np.array(images.shape)}
+    stats = {"pool": runtime.reduce(kept).cpu().numpy(), "shape": np.array(images.shape)}
     for i, suffix in enumerate(("", "_s")):
-        mean = models.reduce(sums[i]) / count
-        product = models.reduce(products[i])
+        mean = runtime.reduce(sums[i]) / count
+        product = runtime.reduce(products[i])
         sigma = (product - count * torch.outer(mean, mean)) / (count - 1)
         if not sigma.isfinite().all():
             raise ValueError(f"{images.name}: features are not finite; are the weights right?")
         stats[f"mu{suffix}"] = (origins[i] + mean).cpu().numpy()
         stats[f"sigma{suffix}"] = sigma.cpu().numpy()
     n = torch.bincount(torch.arange(count) // SPLIT).to(device)
-    marginal = models.reduce(p_sum) / n[:, None]
+    marginal = runtime.reduce(p_sum) / n[:, None]
     entropy = -torch.xlogy(marginal, marginal).sum(1)  # as in inception_score()
-    kl = models.reduce(p_log_p) / n + entropy
-    return stats, kl.exp().mean().item(), models.reduce(right).item() / count
+    kl = runtime.reduce(p_log_p) / n + entropy
+    return stats, kl.exp().mean().item(), runtime.reduce(right).item() / count
 
 
 def load_reference(reference, features="inception", *, size=None, weights=None, batch=64):
@@ -493,12 +493,12 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     digits = {"inception": False, "digits": True}[features]
     if weights is not None and digits:
         raise ValueError(f"--weights {weights}: these are Inception's, which digits don't use")
-    rank, _ = models.ranks()
+    rank, _ = runtime.ranks()
     name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else "the reference"
     prepared = data.is_prepared(name)
     file = os.path.join(name, "inception.npz") if prepared else name
     # Rank 0 looks for all: another run may be about to write it.
-    found = models.reduce(torch.tensor(float(rank == 0 and os.path.isfile(file))))
+    found = runtime.reduce(torch.tensor(float(rank == 0 and os.path.isfile(file))))
     headers = npz_headers(file) if found else {}
     stats = {}
     images = None
@@ -519,16 +519,16 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
         raise ValueError(f"{name}: its images are {shape}, unlike the samples or unfit for "
                          f"{features} features; give a reference like the samples")
     if rank > 0:
-        models.barrier()  # rank 0 downloads or trains the network first
+        runtime.barrier()  # rank 0 downloads or trains the network first
     net = digits_net() if digits else InceptionV3(weights)
     if rank == 0:
-        models.barrier()
+        runtime.barrier()
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     if images:
         computed, _, _ = statistics(net, images, batch=batch, keep=MANIFOLD)
         stats = computed | stats
         if prepared and rank == 0:
-            with suppress(OSError), models.atomic(file) as f:  # not writable: computed anew
+            with suppress(OSError), runtime.atomic(file) as f:  # not writable: computed anew
                 np.savez(f, **stats)
     return SimpleNamespace(name=name, net=net, stats=stats, shape=shape)
 
@@ -550,7 +550,7 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
     keep = images.count if "pool" in ref.stats else 0  # only precision and recall need them
     stats, score, accuracy = statistics(ref.net, images, batch=batch, keep=keep)
     figures = torch.zeros(4, dtype=torch.float64)
-    if models.ranks()[0] == 0:  # the other processes add zeros
+    if runtime.ranks()[0] == 0:  # the other processes add zeros
         device = next(ref.net.parameters()).device
         for i, (mu, sigma) in enumerate((("mu", "sigma"), ("mu_s", "sigma_s"))):
             figures[i] = frechet_distance(stats[mu], stats[sigma], ref.stats[mu], ref.stats[sigma])
@@ -558,7 +558,7 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
         if keep:
             real, fake = (torch.from_numpy(x["pool"]).to(device) for x in (ref.stats, stats))
             figures[2], figures[3] = precision_recall(real, fake)
-    fid, sfid, precision, recall = models.reduce(figures).tolist()
+    fid, sfid, precision, recall = runtime.reduce(figures).tolist()
     scores = {"fid": fid, "sfid": sfid, "is": score, "precision": precision, "recall": recall}
     if images.labels is not None and isinstance(ref.net, DigitsNet):
         scores["accuracy"] = accuracy
@@ -575,13 +575,13 @@ def label_rule(path):
 
 
 def main(argv=None):
-    p = models.command_line(__doc__)
+    p = runtime.command_line(__doc__)
     p.add_argument("samples", nargs="+", metavar="SAMPLES",
                    help="an .npz with arr_0 uint8 (N, H, W, C), as sample.py writes, or a folder")
     p.add_argument("reference", metavar="REFERENCE",
                    help="the same of real images; ADM's .npz; class folders; a folder of data.py's")
     p.add_argument("--weights", metavar="FILE", help="Inception's [downloaded once, 95 MB]")
-    p.add_argument("--batch", type=models.number("[1, inf)", int), default=64, metavar="N",
+    p.add_argument("--batch", type=runtime.number("[1, inf)", int), default=64, metavar="N",
                    help="images at a time, per process; no effect on the figures [%(default)s]")
     p.add_argument("--save-stats", type=Path, metavar="FILE", help="to keep REFERENCE's [off]")
     args = p.parse_args(argv)
@@ -589,7 +589,7 @@ def main(argv=None):
     inputs = [Path(path).resolve() for path in (*args.samples, args.reference)]
     if target and (target.resolve() in inputs or not target.parent.is_dir()):
         raise ValueError(f"--save-stats {target}: must not be an input, and its folder must exist")
-    rank, _, _ = models.setup()
+    rank, _, _ = runtime.setup()
     samples = [Images(path) for path in args.samples]
     shape = samples[0].shape
     reference = load_reference(args.reference, "digits" if shape == DIGIT else "inception",
@@ -604,11 +604,11 @@ def main(argv=None):
         table.append([images.name, str(images.count), label_rule(images.name), *cells])
     if rank == 0:
         if target:
-            with models.atomic(target) as f:
+            with runtime.atomic(target) as f:
                 np.savez(f, **reference.stats)
         for cells in table:
             print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    runtime.run(main)

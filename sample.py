@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 import models
-from checkpoints import load_checkpoint
+import runtime
+from checkpoints import fingerprint, load_checkpoint
 from data import fill
 from models import ALPHA_BARS
 
@@ -204,7 +205,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
     Beside it, PATH.json records how it was made: `record` and the sampling options. Interrupted, it
     resumes, unless resume=False. ValueError: PATH.parts is of another interrupted run.
     """
-    rank, _ = models.ranks()
+    rank, _ = runtime.ranks()
     parts = f"{path}.parts"
     if rank == 0 and not resume:
         shutil.rmtree(parts, ignore_errors=True)
@@ -215,7 +216,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
         channels = vae.config.out_channels
     record = record | options | {
         "seed": seed, "dtype": dtype,
-        "weights_sha256": models.fingerprint(model) if rank == 0 else None}
+        "weights_sha256": fingerprint(model) if rank == 0 else None}
 
     def make(rows):
         device = next(model.parameters()).device.type
@@ -231,12 +232,12 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
         if str(path).endswith(".png"):
             save_grid(images, path, columns)
         else:
-            with models.atomic(path) as f:  # what ADM's evaluator reads
+            with runtime.atomic(path) as f:  # what ADM's evaluator reads
                 np.savez(f, arr_0=images, labels=labels.numpy())
-        with models.atomic(f"{path}.json") as f:
+        with runtime.atomic(f"{path}.json") as f:
             f.write(json.dumps(record, indent=1).encode() + b"\n")
         shutil.rmtree(parts)
-    models.barrier()
+    runtime.barrier()
 
 
 def save_grid(images, path, columns):
@@ -248,7 +249,7 @@ def save_grid(images, path, columns):
     n, height, width, channels = images.shape
     grid = images.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
     grid = grid.reshape(n // columns * height, columns * width, channels)
-    with models.atomic(path) as f:
+    with runtime.atomic(path) as f:
         Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(f, format="png")
 
 
@@ -261,37 +262,11 @@ def save_classes(images, labels, path):
     save_grid(images[picked], path, columns)
 
 
-def save_log(rows, path):
-    """Dicts -> a .csv, with a column for each key that one of them has."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns] + [[str(row.get(key, "")) for key in columns] for row in rows]
-    with models.atomic(path) as f:
-        f.write("".join(",".join(line) + "\n" for line in lines).encode())
-
-
-def save_curves(rows, path):
-    """The rows of a log: loss, score and w, each where it was logged and moved."""
-    from matplotlib.figure import Figure
-    curves = {}
-    for name, key in ("loss", "loss"), ("Fréchet distance", "fid"), ("w", "w"):
-        points = [(row["step"], row[key]) for row in rows if row.get(key, "") != ""]
-        if len({value for _, value in points}) > 1:
-            curves[name] = points
-    figure = Figure(figsize=(4.5 * max(1, len(curves)), 3.2), layout="tight")
-    for i, (name, points) in enumerate(curves.items(), 1):
-        axis = figure.add_subplot(1, len(curves), i)
-        axis.plot(*zip(*points, strict=True))
-        axis.set(xlabel="step", ylabel=name, yscale="linear" if name == "w" else "log")
-        axis.grid(alpha=0.3, which="both")
-    with models.atomic(path) as f:
-        figure.savefig(f, format="png", dpi=120)
-
-
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv):
-    p = models.command_line(__doc__)
-    number = models.number
+    p = runtime.command_line(__doc__)
+    number = runtime.number
     add = p.add_argument
     positive = number("[1, inf)", int)
     either = p.add_mutually_exclusive_group().add_argument
@@ -357,7 +332,7 @@ def choose_labels(args, classes):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, _, device = models.setup()
+    rank, _, device = runtime.setup()
     weights = "model" if args.raw else "ema"
     model, config = load_checkpoint(args.checkpoint, weights=weights, device=device)
     labels, rule, columns = choose_labels(args, config["classes"])
@@ -390,4 +365,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    models.run(main)
+    runtime.run(main)

@@ -31,6 +31,7 @@ import checkpoints
 import data
 import fid
 import models
+import runtime
 import sample
 import toy_mg
 import train_dit_mg
@@ -323,11 +324,12 @@ def mg_loss(script, model, teacher, x0, y, w, *, t, noise, dropped, null=None, g
     guided = guided if guide is None else guided & guide
     draws = {"t": t, "dropped": dropped, "w": w, "guide": guided.nonzero()[:, 0]}
     draws |= {} if others is None else {"others": others}
-    draws = {key: models.move(x, x0.device) for key, x in draws.items()}
+    draws = {key: runtime.move(x, x0.device) for key, x in draws.items()}
     aware = getattr(model, "scale_aware", False)
     student = (lambda x, t, y: model(x, t, y, draws["w"])) if aware else model
-    return script.mg_loss(student, teacher, x0, models.move(y, x0.device), noise=noise, share=share,
-                          null=model.num_classes if null is None else null, **draws)
+    y = runtime.move(y, x0.device)
+    null = model.num_classes if null is None else null
+    return script.mg_loss(student, teacher, x0, y, noise=noise, share=share, null=null, **draws)
 
 
 def batch(kind="SiT", n=12, seed=0, channels=1):
@@ -1095,7 +1097,7 @@ def test_data_refuses(tmp_path, capsys):
     assert "multiple of the VAE's 2" in refused(size=15, vae=tmp_path / "vae")
     assert "has other files" in refused(out=tmp_path / "full")
     assert not out.exists()
-    with models.locked(out):
+    with runtime.locked(out):
         assert "another process is writing" in refused()
     for _ in range(2):  # the second time it is complete
         prepare(folder, out, "--vae", "none")
@@ -1363,7 +1365,7 @@ def test_automatic_w(rule, plain, with_cfg, want, tmp_path, monkeypatch):
     monkeypatch.setattr(train_sit_mg, "evaluate",
                         lambda *_, cfg=1.0: {"fid": next(plain if cfg == 1 else with_cfg)})
     curves = []
-    monkeypatch.setattr(train_sit_mg, "save_curves",
+    monkeypatch.setattr(checkpoints, "save_curves",
                         lambda rows, _: curves.append(rows[-1]["step"]))
     run = train("SiT", tmp_path, "--w", rule, "--eval-samples", 8, "--eval-every", 2, "--steps", 8)
     assert curves == [2, 4, 6, 8]
@@ -1452,7 +1454,7 @@ def test_flags_that_are_refused(line, says, checkpoint, tmp_path, monkeypatch):
 def test_one_run_per_folder(tmp_path):
     def refused(*flags, kind="SiT", out=tmp_path):
         return error(lambda: train(kind, out, *flags))
-    with models.locked(tmp_path / "a"):
+    with runtime.locked(tmp_path / "a"):
         assert "another process is writing" in refused(out=tmp_path / "a")
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
@@ -1899,13 +1901,13 @@ def test_evaluate_is_its_parts(tmp_path, monkeypatch):
     want["precision"], want["recall"] = fid.precision_recall(p1[:1000], p2)
 
     def score(_):
-        models.setup()
+        runtime.setup()
         reference = fid.load_reference(real, "digits")
         for size in 1, 7, 64:
             got = fid.evaluate(tmp_path / "x.npz", reference, batch=size)
             assert got == pytest.approx(want, rel=1e-5)
         digits = fid.evaluate(tmp_path / "x.npz", "digits", "digits", batch=10)
-        (tmp_path / f"{models.ranks()}").write_text(json.dumps([got, digits]))
+        (tmp_path / f"{runtime.ranks()}").write_text(json.dumps([got, digits]))
     for world in 1, 2:
         fork(score, world)
     (_, one), two, other = (json.loads((tmp_path / name).read_text())

@@ -28,8 +28,9 @@ from tqdm import tqdm
 import checkpoints
 import fid
 import models
+import runtime
 from data import Data
-from sample import balanced, save_classes, save_curves, save_log, write_samples
+from sample import balanced, save_classes, write_samples
 
 # ================================================ DiT's own
 KIND = "DiT"
@@ -158,7 +159,7 @@ def draw(args, data, step, w):
     term; a dict of mg_loss's t, dropped, w (N,) and, with --num-labels, others (N, L)
     """
     n = args.batch
-    cpu = models.generator(args.seed, 0, step)
+    cpu = runtime.generator(args.seed, 0, step)
     index = data.index(args.seed, step, n)
     t = draw_t(n, cpu)
     dropped = torch.rand(n, generator=cpu) < args.drop
@@ -202,7 +203,7 @@ def train(args, data, rank, world, device):
     if model.kind != KIND:
         raise ValueError(f"--model {args.model}: this script trains a {KIND}")
     model = model.to(device)
-    model.recompute = args.recompute
+    model.checkpointing = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
     step = 0
@@ -222,7 +223,7 @@ def train(args, data, rank, world, device):
         del saved
     losses = losses.to(device)
     start = step
-    span = models.reduce(torch.tensor([step, -step]), dist.ReduceOp.MAX).sum()
+    span = runtime.reduce(torch.tensor([step, -step]), dist.ReduceOp.MAX).sum()
     if span:  # the largest step minus the smallest
         raise ValueError(f"--out {out}: the processes find checkpoints {span} steps apart in it; "
                          "it must be a folder that all machines share")
@@ -264,13 +265,13 @@ def train(args, data, rank, world, device):
     since = step
     while True:
         # ---------------- log, save, evaluate; a run that resumes does here what is still due
-        stopped = models.reduce(stop.clone(), dist.ReduceOp.MAX).item()  # on the CPU: no GPU waits
+        stopped = runtime.reduce(stop.clone(), dist.ReduceOp.MAX).item()  # on the CPU: no GPU waits
         last = step == args.steps
         due = step > scored and (last or every(args.eval_every))
         saving = step > start and (last or args.save_every and (due or every(args.save_every)))
         logging = len(losses) and (due or saving or every(args.log_every))
         if due or saving or logging or stopped:
-            losses = models.reduce(losses) / world
+            losses = runtime.reduce(losses) / world
             if not torch.stack([x.isfinite().all() for x in (losses, *ema_weights)]).all():
                 raise ValueError(f"the loss or a weight is not finite at step {step}; earlier "
                                  f"checkpoints stay. Lower --lr or --w, or give --clip")
@@ -282,7 +283,7 @@ def train(args, data, rank, world, device):
                 losses = losses[:0]
                 bar.set_postfix_str(f"loss {log[-1]['loss']:.4f}, {speed:.0f} images/s")
                 if rank == 0:
-                    save_log(log, out / "log.csv")
+                    checkpoints.save_log(log, out / "log.csv")
             if saving or stopped and step > start:
                 save()
             if stopped:
@@ -307,8 +308,8 @@ def train(args, data, rank, world, device):
                 if saving or step == start:
                     save()
                 if rank == 0:
-                    save_log(log, out / "log.csv")
-                    save_curves(log, out / "curves.png")
+                    checkpoints.save_log(log, out / "log.csv")
+                    checkpoints.save_curves(log, out / "curves.png")
                     if scores:
                         figures = [f"{key} {value:.3f}" for key, value in scores.items()]
                         tqdm.write(f"step {step}: {', '.join(figures)}")
@@ -319,15 +320,15 @@ def train(args, data, rank, world, device):
             break
         # ---------------- the training step
         index, flip, guided, draws = draw(args, data, step, scale(step))
-        gpu = models.generator(args.seed, 1, step, device=device)
+        gpu = runtime.generator(args.seed, 1, step, device=device)
         noise = torch.randn(batch, *data.shape, generator=gpu, device=device)
         posterior = torch.randn(batch, *data.shape, generator=gpu, device=device)
         losses = torch.cat([losses, losses.new_zeros(1)])
         for i in range(args.accum):
             part = slice((i * world + rank) * micro, (i * world + rank + 1) * micro)
             x0, y = data.get(index[part], flip[part], posterior[part])
-            mine = {key: models.move(x[part], device) for key, x in draws.items()}
-            guide = models.move(guided[part].nonzero()[:, 0], device)
+            mine = {key: runtime.move(x[part], device) for key, x in draws.items()}
+            guide = runtime.move(guided[part].nonzero()[:, 0], device)
             student = net
             if args.w_range:
                 student = functools.partial(net, w=mine["w"])
@@ -364,7 +365,7 @@ def evaluate(args, ema, data, vae, reference, step, w, cfg=1.0):
     write_samples(path, ema, labels, args.seed, batch=args.eval_batch, record=record, vae=vae,
                   dtype=args.dtype, resume=False, steps=args.eval_steps, cfg=cfg,
                   w=sum(args.w_range) / 2 if args.w_range else None)
-    if models.ranks()[0] == 0:
+    if runtime.ranks()[0] == 0:
         with np.load(path) as samples:
             save_classes(samples["arr_0"], labels, path.with_suffix(".png"))
     return fid.evaluate(path, reference) if args.eval_samples else {}
@@ -399,7 +400,7 @@ EVALUATION = ["eval_every", "eval_samples", "eval_steps", "reference"]  # free b
 
 def parse_args(argv):
     """-> the flags, with the preset's values where none is given, and the Data."""
-    number = models.number
+    number = runtime.number
     count = number("[0, inf)", int)
     positive = number("[1, inf)", int)
 
@@ -410,7 +411,7 @@ def parse_args(argv):
     for key in PRESETS["digits"]:
         values = "".join(f"{preset[key]!s:10}" for preset in PRESETS.values())
         rows.append(f"  --{key.replace('_', '-'):26} {values}")
-    p = models.command_line("\n".join([__doc__, *rows]))
+    p = runtime.command_line("\n".join([__doc__, *rows]))
     add = p.add_argument_group("guidance").add_argument
     add("--w", type=scale, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w); auto: raise w "
         "when extra CFG lowers FID, auto-paper: when FID rose since the last evaluation [1.5]")
@@ -511,10 +512,10 @@ def describe(args, data):
 
 def main(argv=None):
     args, data = parse_args(argv)
-    rank, world, device = models.setup()
-    with models.locked(args.out) if rank == 0 else contextlib.nullcontext():
+    rank, world, device = runtime.setup()
+    with runtime.locked(args.out) if rank == 0 else contextlib.nullcontext():
         train(args, data, rank, world, device)
 
 
 if __name__ == "__main__":
-    models.run(main)
+    runtime.run(main)

@@ -19,6 +19,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, ROOT)
 import fid
 import models
+import runtime
 import sample
 import train_dit_mg
 import train_sit_mg
@@ -73,7 +74,7 @@ def training_step(name, input_size, channels, batch, teacher="ema", share=1.0, t
         chosen = torch.rand(batch, generator=cpu) < share
         guided = chosen & ~dropped & (t <= t_max * script.T_NOISE)
         draws = {"t": t, "dropped": dropped, "guide": guided.nonzero()[:, 0]}
-        draws = {key: models.move(x, x0.device) for key, x in draws.items()}
+        draws = {key: runtime.move(x, x0.device) for key, x in draws.items()}
         if labels:
             offsets = 1 + torch.rand(batch, 999, device=DEVICE).topk(labels).indices
             draws["others"] = (y[:, None] + offsets) % 1000

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
+import runtime
 import train_sit_mg
 
 draw = train_sit_mg.draw
@@ -17,4 +17,4 @@ def falling(args, data, step, w):
 
 
 train_sit_mg.draw = falling
-models.run(train_sit_mg.main)
+runtime.run(train_sit_mg.main)

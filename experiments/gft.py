@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
+import runtime
 import train_sit_mg
 
 ALIKE = "--alike" in sys.argv
@@ -33,4 +33,4 @@ def gft_loss(model, teacher, x0, y, w, *, t, noise, dropped, null, **_):
 
 
 train_sit_mg.mg_loss = gft_loss
-models.run(train_sit_mg.main)
+runtime.run(train_sit_mg.main)

@@ -21,7 +21,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid
-import models
+import runtime
 from data import Data
 from sample import save_grid
 
@@ -81,7 +81,7 @@ def net(images, labels):
     with torch.no_grad():
         right = net(images[held_out])[2].argmax(1) == labels[held_out]
     print(f"the CNN recognises {right.float().mean():.3f} of the {len(right)} held-out digits")
-    with models.atomic(WEIGHTS) as f:
+    with runtime.atomic(WEIGHTS) as f:
         torch.save(net.state_dict(), f)
     return net.requires_grad_(False)
 

@@ -1,0 +1,161 @@
+"""How every script starts and ends: flags, errors, processes, seeds, locks and files."""
+import argparse
+import contextlib
+import datetime
+import fcntl
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def command_line(description):
+    """An ArgumentParser that keeps line breaks and raises its errors as ValueError, for run()."""
+    parser = argparse.ArgumentParser(
+        description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28, width=100))
+
+    def error(message):
+        raise ValueError(message.removeprefix("argument "))
+    parser.error = error
+    return parser
+
+
+def number(interval="(-inf, inf)", kind=float):
+    """An argparse type: a number in an interval that is written as in mathematics, "(0, 1]"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def setup():
+    """Joins the other processes under torchrun: (rank, world, device), on GPUs or the CPU."""
+    cuda = torch.cuda.is_available()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if "RANK" in os.environ and not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # One rank may work alone for hours (evaluation, files); torchrun detects a dead one.
+        # torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with torch 2.13, which
+        # hands restarted processes the address of the first attempt.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(days=7))
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return *ranks(), device
+
+
+def ranks():
+    """(rank, world), (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def reduce(x, op=dist.ReduceOp.SUM):
+    """The sum of x over the processes, or another op, in place; x itself in a single process."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x, op)
+    return x
+
+
+def barrier():
+    """Waits for the other processes, if there are any; on the CPU, so that no GPU takes part."""
+    reduce(torch.zeros(1))
+
+
+def run(main):
+    """Calls a script's main(); reports a ValueError or OSError in one line, with exit status 2.
+
+    Under torchrun rank 0 speaks first, and torchrun then ends the others. When one rank exits, the
+    collectives of its peers fail too, so they speak last.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    status = 0
+    line = None
+    try:
+        main()
+    except SystemExit as e:
+        status = e.code
+    except KeyboardInterrupt:
+        status = 130
+        line = "interrupted; run the same command to resume"
+    except (ValueError, OSError) as e:
+        time.sleep(3 if rank else 0)
+        status = 2
+        line = str(e)
+    except RuntimeError as e:
+        if "RANK" not in os.environ or not ("gloo" in str(e) or isinstance(e, dist.DistError)):
+            raise
+        time.sleep(6)
+        status = 1
+        line = f"rank {rank} lost the others: {e}"
+    if line:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(line.split())}", file=sys.stderr)
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # at an orderly exit gloo's threads abort one process in ten
+
+
+def move(x, device):
+    """x on the device; from the CPU through pinned memory, so that nothing waits for a GPU."""
+    x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+    return x.to(device, non_blocking=True)
+
+
+def generator(*numbers, device="cpu"):
+    """A random generator that is a function of whole numbers, such as (seed, step)."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder, and holds a lock on it. ValueError: another process has it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is writing to it; wait for it, or give "
+                         f"another folder") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file to write to that replaces path when all is on the disk, or not at all.
+
+    OSError: it can't be written. The file at path, if there is one, then stays.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save wraps OSError in RuntimeError
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path} can't be written: {cause.strerror or cause}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
