@@ -19,6 +19,7 @@ import torch
 
 import models
 import runtime
+from runtime import UserError
 
 SHAPE = ("input_size", "in_channels", "num_classes", "scale_aware")
 
@@ -41,9 +42,9 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """The file's tensors and plain values, memory-mapped where possible. ValueError: one line."""
+    """The file's tensors and plain values, memory-mapped where possible. UserError: one line."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint")
     try:
         # The training scripts of DiT, SiT and REPA keep their flags as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -51,9 +52,9 @@ def read_checkpoint(path):
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             state.keys()
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: not a checkpoint, or it has code, which is never run") from None
+        raise UserError(f"{path}: not a checkpoint, or it has code, which is never run") from None
     except Exception as e:  # noqa: BLE001  torch.load raises anything for a broken file
-        raise ValueError(f"{path}: truncated, or not a checkpoint ({type(e).__name__})") from None
+        raise UserError(f"{path}: truncated, or not a checkpoint ({type(e).__name__})") from None
     return state
 
 
@@ -61,7 +62,7 @@ def read_last(path, config, steps):
     """What a run with this config goes on from: (checkpoint or None, lines to print).
 
     The file at path; where that is missing or can't be read, the one before it.
-    ValueError: neither can be read, or it belongs to a run with other settings, or is beyond steps.
+    UserError: neither can be read, or it belongs to a run with other settings, or is beyond steps.
     """
     files = [file for file in (path, previous(path)) if file.exists()]
     errors = []
@@ -71,21 +72,24 @@ def read_last(path, config, steps):
         try:
             last = read_checkpoint(file)
             break
-        except ValueError as e:
+        except UserError as e:
             errors.append(str(e))
     else:
-        raise ValueError("; ".join([*errors, "delete what is there to start anew"]))
+        raise UserError("; ".join([*errors, "delete what is there to start anew"]))
     saved = last.get("config")
-    if not isinstance(saved, dict) or "scored" not in last:
-        raise ValueError(f"--out {path.parent}: has a ckpt.pt of something else; give another")
+    if not isinstance(saved, dict) or "losses" not in last:
+        raise UserError(f"--out {path.parent}: has a ckpt.pt of something else; give another")
+    if "scored" not in last:
+        raise UserError(f"--out {path.parent}: its run is of an earlier edition and can't be "
+                        f"resumed; start from its weights with --init {path} --out NEW")
     for key in sorted(config.keys() | saved.keys()):
         if saved.get(key) != config.get(key) and key != "vae":  # its path may differ
-            raise ValueError(
+            raise UserError(
                 f"--out {path.parent} holds a run with {key} {saved.get(key)}, not "
                 f"{config.get(key)}: resume it with its own flags, give another --out, or start "
                 f"from its weights with --init {path} --out NEW")
     if last["step"] > steps:
-        raise ValueError(f"--steps {steps}: the run in {path.parent} is at step {last['step']}")
+        raise UserError(f"--steps {steps}: the run in {path.parent} is at step {last['step']}")
     notes = [f"warning: {e}; resuming from the one before it" for e in errors]
     return last, [*notes, f"resuming from step {last['step']}"]
 
@@ -93,7 +97,7 @@ def read_last(path, config, steps):
 def initialize_from(path, name, shape):
     """create_model(name, **shape) with a checkpoint's weights: (model, lines to print).
 
-    With other classes the label table starts anew, and so does an input for w. ValueError: the rest
+    With other classes the label table starts anew, and so does an input for w. UserError: the rest
     doesn't fit.
     """
     source, config = load_checkpoint(path)
@@ -111,10 +115,10 @@ def initialize_from(path, name, shape):
     try:
         model.load_state_dict(model.state_dict() | state)
     except RuntimeError as e:  # names tensors that are unknown or of another shape
-        raise ValueError(f"--init {path}: its {config['model']} for {source.in_channels}x"
-                         f"{source.input_size}x{source.input_size} doesn't fit {name} for "
-                         f"{model.in_channels}x{model.input_size}x{model.input_size} "
-                         f"({str(e).splitlines()[-1].strip()})") from None
+        raise UserError(f"--init {path}: its {config['model']} for {source.in_channels}x"
+                        f"{source.input_size}x{source.input_size} doesn't fit {name} for "
+                        f"{model.in_channels}x{model.input_size}x{model.input_size} "
+                        f"({str(e).splitlines()[-1].strip()})") from None
     return model, notes
 
 
@@ -158,7 +162,7 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
     """A network in eval mode, and its config: model, kind, step, w, vae, classes, ...
 
     path: our ckpt.pt; a public file of DiT, SiT, REPA or MG; a folder of diffusers' DiTPipeline.
-    weights: "ema" or "model". ValueError, in one line: missing, truncated, foreign or unsafe.
+    weights: "ema" or "model". UserError, in one line: missing, truncated, foreign or unsafe.
     """
     path = Path(path)
     if (path / "ckpt.pt").exists():  # the folder of a run
@@ -169,29 +173,31 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         state = read_checkpoint(path)
         if "config" not in state:
             state, config = from_public(state, weights, path)
-        elif "freq_divisor" in str(state["config"]):
-            raise ValueError(f"{path}: of the first version, which embedded t otherwise; train it "
-                             f"anew")
+    whole = f"{path}: not a whole checkpoint of ours"
     try:
         if "config" in state:
             config = state["config"] | {key: state[key] for key in ("step", "w", "classes")}
             state = state[weights]
-        with torch.device("meta"):  # the initial weights would be overwritten at once
-            model = models.create_model(config["model"], **{key: config[key] for key in SHAPE})
+        name = config["model"]
+        shape = {key: config[key] for key in SHAPE}
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{whole} ({e})") from None
+    with torch.device("meta"):  # the initial weights would be overwritten at once
+        model = models.create_model(name, **shape)
+    try:
         model.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        line = str(e).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path}: not a whole checkpoint of ours ({line[:200]})") from None
+    except (RuntimeError, TypeError, AttributeError) as e:  # names tensors that don't fit
+        raise UserError(f"{whole} ({str(e).strip().splitlines()[-1].strip()[:200]})") from None
     return model.float().to(device).eval().requires_grad_(True), config | {"kind": model.kind}
 
 
 def size_name(depth, width, heads, path):
-    """Which of models.SIZES it is; heads None: not known. ValueError: none."""
+    """Which of models.SIZES it is; heads None: not known. UserError: none."""
     for name, size in models.SIZES.items():
         if size[:2] == (depth, width) and heads in (None, size[2]):
             return name
-    raise ValueError(f"{path}: no known size has {depth} blocks of width {width}"
-                     + (f" and {heads} heads" if heads else ""))
+    raise UserError(f"{path}: no known size has {depth} blocks of width {width}"
+                    + (f" and {heads} heads" if heads else ""))
 
 
 def from_public(checkpoint, weights, path):
@@ -206,7 +212,7 @@ def from_public(checkpoint, weights, path):
     flags = checkpoint.get("args")
     state = checkpoint.get(weights) if nested else checkpoint
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise ValueError(f"{path}: not a checkpoint with {weights} weights")
+        raise UserError(f"{path}: not a checkpoint with {weights} weights")
     state = {key: x for key, x in state.items() if not str(key).startswith("projectors.")}  # REPA's
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -214,12 +220,12 @@ def from_public(checkpoint, weights, path):
         rows = len(state["y_embedder.embedding_table.weight"])
         outputs = len(state["final_layer.linear.weight"]) // patch ** 2
     except (KeyError, ValueError, IndexError):
-        raise ValueError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG") from None
+        raise UserError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG") from None
     path_type = getattr(flags, "path_type", "linear")
     prediction = getattr(flags, "prediction", "v")
     if path_type.lower() != "linear" or prediction not in ("v", "velocity"):
-        raise ValueError(f"{path}: trained with path {path_type} and prediction {prediction}; only "
-                         f"linear and velocity are known here")
+        raise UserError(f"{path}: trained with path {path_type} and prediction {prediction}; only "
+                        f"linear and velocity are known here")
     depth = sum(key.endswith(".attn.qkv.weight") for key in state)
     size = size_name(depth, width, None, path)
     if outputs == channels:
@@ -228,12 +234,12 @@ def from_public(checkpoint, weights, path):
         hint = f"{getattr(flags, 'model', '')} {path.name}".lower()
         kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)]
         if len(kinds) != 1:
-            raise ValueError(f"{path}: DiT's and SiT's files look alike; rename it, so that it has "
-                             f"exactly one of DiT and SiT in its name")
+            raise UserError(f"{path}: DiT's and SiT's files look alike; rename it, so that it has "
+                            f"exactly one of DiT and SiT in its name")
         kind = kinds[0]
     else:
-        raise ValueError(f"{path}: has {outputs} output channels for {channels} of the input; DiT "
-                         f"and SiT have as many, or twice as many")
+        raise UserError(f"{path}: has {outputs} output channels for {channels} of the input; DiT "
+                        f"and SiT have as many, or twice as many")
     if kind == "SiT" and outputs == 2 * channels:
         cos, sin = state["t_embedder.mlp.0.weight"].float().chunk(2, 1)            # (D, 128) each
         # With f(1-t) for the angle ft: cos f(1-t) = cos f cos ft + sin f sin ft, and
@@ -289,17 +295,17 @@ diffusers takes 10000^(-i/127): the network sees other times, and draws other im
 def to_diffusers(model, config, vae, folder):
     """Writes a folder for diffusers.DiTPipeline, with DDIM as in sample.py. -> how to use it.
 
-    ValueError: not a DiT, or no VAE: DiTPipeline needs one.
+    UserError: not a DiT, or no VAE: DiTPipeline needs one.
     """
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
     folder = Path(folder)
     if model.kind != "DiT" or model.scale_aware:
-        raise ValueError(f"--to-diffusers {folder}: DiTPipeline takes a DiT without an input for w")
+        raise UserError(f"--to-diffusers {folder}: DiTPipeline takes a DiT without an input for w")
     if vae is None:
-        raise ValueError(f"--to-diffusers {folder}: DiTPipeline needs a VAE, and this checkpoint "
-                         f"works on pixels; give --vae")
+        raise UserError(f"--to-diffusers {folder}: DiTPipeline needs a VAE, and this checkpoint "
+                        f"works on pixels; give --vae")
     if folder.exists():
-        raise ValueError(f"--to-diffusers {folder}: exists already; name a new folder")
+        raise UserError(f"--to-diffusers {folder}: exists already; name a new folder")
     state = model.state_dict()
     depth = len(model.blocks)
     heads = model.blocks[0].heads
@@ -316,7 +322,7 @@ def to_diffusers(model, config, vae, folder):
             new |= {f"{name}.{part}": value for name, value in zip(theirs, values, strict=True)}
             rest -= {f"{ours}.{part}"}
     if rest:
-        raise ValueError(f"--to-diffusers {folder}: diffusers' DiT has no {min(rest)}")
+        raise UserError(f"--to-diffusers {folder}: diffusers' DiT has no {min(rest)}")
     transformer.load_state_dict(new)
     betas = models.BETAS
     scheduler = DDIMScheduler(len(betas), float(betas[0]), float(betas[-1]), "linear",
@@ -332,7 +338,7 @@ def to_diffusers(model, config, vae, folder):
 
 
 def from_diffusers(folder):
-    """The state dict and config of a DiTPipeline's folder. ValueError: none, or incomplete."""
+    """The state dict and config of a DiTPipeline's folder. UserError: none, or incomplete."""
     from diffusers import DiTTransformer2DModel
     try:
         index = json.loads((folder / "model_index.json").read_bytes())
@@ -342,11 +348,11 @@ def from_diffusers(folder):
         names = index.get("id2label") or {}
         named = {int(key): str(value) for key, value in names.items()}
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:
-        raise ValueError(f"{folder}: not a folder of diffusers' DiTPipeline "
-                         f"({str(e).strip().splitlines()[0][:200]})") from None
+        raise UserError(f"{folder}: not a folder of diffusers' DiTPipeline "
+                        f"({str(e).strip().splitlines()[0][:200]})") from None
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
-        raise ValueError(f"{folder}: incomplete, {lacking[0]} is missing or of another shape")
+        raise UserError(f"{folder}: incomplete, {lacking[0]} is missing or of another shape")
     c = transformer.config
     their_state = transformer.state_dict()
     state = {"y_embedder.embedding_table.weight": their_state[TABLE.format(0)],

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import checkpoints
 import models
 import runtime
+from runtime import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -36,7 +37,7 @@ class Data:
     labels: int64 (N,); images: the array, for pixels and digits uint8 (N, H, W, C)
     source, size: the folder of images, and to how many pixels they were cropped
     vae: the VAE's name, None for pixels; identity: what a resumed run compares
-    ValueError: one line that names --data.
+    UserError: one line that names --data.
     """
 
     def __init__(self, name):
@@ -52,10 +53,10 @@ class Data:
             self.identity = "digits"
             return
         if not is_prepared(name):
-            raise ValueError(f"--data {name}: neither digits nor prepared; to prepare images, run "
-                             f"python data.py FOLDER --size PIXELS --out DIR")
+            raise UserError(f"--data {name}: neither digits nor prepared; to prepare images, run "
+                            f"python data.py FOLDER --size PIXELS --out DIR")
         if Path(name, "progress").exists():
-            raise ValueError(f"--data {name}: not complete; run its data.py command again")
+            raise UserError(f"--data {name}: not complete; run its data.py command again")
         info = read_info(name)
         self.images = open_array(name)
         try:
@@ -68,7 +69,7 @@ class Data:
             self.labels = np.repeat(np.arange(len(self.classes)), info["counts"])
             self.identity = [info[key] for key in ("images_sha256", "vae_sha256", "size", "flip")]
         except KeyError:
-            raise ValueError(f"--data {name}: not a folder that data.py prepared") from None
+            raise UserError(f"--data {name}: not a folder that data.py prepared") from None
         self.shape = (3, self.size, self.size) if self.kind == "pixels" else self.images.shape[3:]
 
     def __len__(self):
@@ -124,7 +125,7 @@ def read_image(path, size=None):
     """An image file of any mode -> uint8 (H, W, 3). Alpha is dropped, as ADM does.
 
     size: ADM's centre crop to (size, size, 3): halved by box filters, then bicubic.
-    ValueError names an unreadable file.
+    UserError names an unreadable file.
     """
     from PIL import Image
     try:
@@ -136,8 +137,8 @@ def read_image(path, size=None):
                 image = image.convert("RGBA")
             image = image.convert("RGB")
     except Exception as e:  # noqa: BLE001  decoders raise anything
-        raise ValueError(f"{path}: unreadable image ({e}); replace it, or remove it and "
-                         f"begin anew") from None
+        raise UserError(f"{path}: unreadable image ({e}); replace it, or remove it and "
+                        f"begin anew") from None
     if size is None:
         return np.array(image)
     while min(image.size) >= 2 * size:
@@ -170,16 +171,16 @@ def list_images(folder):
 def class_folders(folder):
     """A folder with one folder of images a class -> (paths, labels, names of the classes), sorted.
 
-    ValueError: there is no such folder, or no images in folders of it.
+    UserError: there is no such folder, or no images in folders of it.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: no such folder; give one that holds the class folders")
+        raise UserError(f"{folder}: no such folder; give one that holds the class folders")
     names = sorted(entry.name for entry in os.scandir(folder)
                    if entry.is_dir() and not entry.name.startswith("."))
     files = {name: list_images(os.path.join(folder, name)) for name in names}
     classes = [name for name in names if files[name]]
     if not classes:
-        raise ValueError(f"{folder}: no folders of images in it; give the folder above the classes")
+        raise UserError(f"{folder}: no folders of images in it; give the folder above the classes")
     paths = [path for name in classes for path in files[name]]
     return paths, [label for label, name in enumerate(classes) for _ in files[name]], classes
 
@@ -192,12 +193,12 @@ def is_prepared(path):
 
 
 def read_info(folder):
-    """FOLDER/data.json as a dict. ValueError: it isn't one."""
+    """FOLDER/data.json as a dict. UserError: it isn't one."""
     try:
         return dict(json.loads(Path(folder, "data.json").read_bytes()))
     except (ValueError, TypeError):
-        raise ValueError(f"{folder}: its data.json is damaged; delete it, or give "
-                         "another folder") from None
+        raise UserError(f"{folder}: its data.json is damaged; delete it, or give "
+                        "another folder") from None
 
 
 def fill(folder, info, make, *, free=(), show=True):
@@ -205,7 +206,7 @@ def fill(folder, info, make, *, free=(), show=True):
 
     info: what the values depend on, and "shape", "dtype"; kept as FOLDER/data.json.
     make(rows): yields the values of these rows (int64), some consecutive ones at a time.
-    -> the array, memory-mapped. ValueError: FOLDER holds another info (but for keys in `free`), or
+    -> the array, memory-mapped. UserError: FOLDER holds another info (but for keys in `free`), or
     other files, or another process is writing it.
     """
     folder = Path(folder)
@@ -227,13 +228,16 @@ def fill(folder, info, make, *, free=(), show=True):
                 for values in make(mine):
                     rows = mine[:len(values)].tolist()
                     mine = mine[len(values):]
-                    for row, value in zip(rows, values, strict=True):
-                        # Written, not mapped: a full disk then is an error, not a signal.
-                        position = array.offset + row * value.nbytes
-                        os.pwrite(file.fileno(), value.tobytes(), position)
-                    os.fsync(file.fileno())
-                    for row in rows:  # not before the values are on the disk
-                        os.pwrite(marks.fileno(), b"\1", row)
+                    # Written, not mapped: a full disk then is an error, not a signal.
+                    try:
+                        for row, value in zip(rows, values, strict=True):
+                            position = array.offset + row * value.nbytes
+                            os.pwrite(file.fileno(), value.tobytes(), position)
+                        os.fsync(file.fileno())
+                        for row in rows:  # not before the values are on the disk
+                            os.pwrite(marks.fileno(), b"\1", row)
+                    except OSError as e:
+                        raise OSError(e.errno, e.strerror, file.name) from None
                     bar.update(len(rows))
         runtime.barrier()
         if rank == 0:
@@ -245,21 +249,17 @@ def fill(folder, info, make, *, free=(), show=True):
 def begin(folder, info, free):
     """Makes what is missing in a folder of fill(): data.json, progress, then x.npy.
 
-    ValueError: it holds rows that were made with another info, or other files.
+    UserError: it holds rows that were made with another info, or other files.
     """
     progress = folder / "progress"
     if is_prepared(folder):
         saved = read_info(folder)
         other = [key for key in info if saved.get(key) != info[key] and key not in free]
-        untouched = progress.exists() and not any(progress.read_bytes())
-        if other and untouched:
-            for path in progress, folder / "x.npy":
-                path.unlink(missing_ok=True)
-        elif other:
-            raise ValueError(f"{folder} was made with another {other[0]}: use the same flags and "
-                             f"files to resume, or delete it")
+        if other:
+            raise UserError(f"{folder} was made with another {other[0]}: use the same flags and "
+                            f"files to resume, or delete it")
     elif {*os.listdir(folder)} - {"data.json.tmp"}:
-        raise ValueError(f"{folder}: has other files in it; give a new or an empty folder")
+        raise UserError(f"{folder}: has other files in it; give a new or an empty folder")
     with runtime.atomic(folder / "data.json") as f:
         f.write(json.dumps(info, indent=1).encode() + b"\n")
     if not (folder / "x.npy").exists():
@@ -272,19 +272,19 @@ def begin(folder, info, free):
 
 
 def open_array(folder):
-    """FOLDER/x.npy, memory-mapped. ValueError: it is missing, or not what data.json says."""
+    """FOLDER/x.npy, memory-mapped. UserError: it is missing, or not what data.json says."""
     with contextlib.suppress(OSError, ValueError, EOFError):
         array = np.load(Path(folder, "x.npy"), mmap_mode="r")
         if [*array.shape] == read_info(folder)["shape"]:
             return array
-    raise ValueError(f"{folder}: its x.npy is missing or damaged; delete the folder, or "
-                     "give another")
+    raise UserError(f"{folder}: its x.npy is missing or damaged; delete the folder, or "
+                    "give another")
 
 
 # ---------------------------------------------------------------- python data.py
 
 def describe(args, paths, labels, classes, vae):
-    """What DIR/data.json says. ValueError: a --size that doesn't fit the VAE."""
+    """What DIR/data.json says. UserError: a --size that doesn't fit the VAE."""
     files = hashlib.sha256()
     for path in paths:
         files.update(os.fsencode(os.path.relpath(path, args.folder)) + b"\0")
@@ -297,7 +297,7 @@ def describe(args, paths, labels, classes, vae):
     if vae:
         factor = models.vae_factor(vae)
         if args.size % factor:
-            raise ValueError(f"--size {args.size}: must be a multiple of the VAE's {factor}")
+            raise UserError(f"--size {args.size}: must be a multiple of the VAE's {factor}")
         views = 1 if args.no_flip else 2
         latent = args.size // factor
         local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
@@ -310,7 +310,7 @@ def describe(args, paths, labels, classes, vae):
 def read_ahead(paths, size, batch, workers, shape=None):
     """Yields uint8 (n, H, W, 3), up to `batch` images at a time, while the next are being read.
 
-    ValueError: an image that is not of this shape, (H, W, 3), if there is no size to crop it to.
+    UserError: an image that is not of this shape, (H, W, 3), if there is no size to crop it to.
     """
     def submit(start):
         return [pool.submit(read_image, path, size) for path in paths[start:start + batch]]
@@ -322,8 +322,8 @@ def read_ahead(paths, size, batch, workers, shape=None):
             images = [image.result() for image in current]
             for path, image in zip(paths[start:], images, strict=False):
                 if shape not in (None, image.shape):
-                    raise ValueError(f"{path}: is {image.shape}, others of its folder are {shape}; "
-                                     f"make them one size")
+                    raise UserError(f"{path}: is {image.shape}, others of its folder are {shape}; "
+                                    f"make them one size")
             yield np.stack(images)
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import data
 import runtime
+from runtime import UserError
 
 MANIFOLD = 10_000  # real images that precision and recall look at (ADM)
 SPLIT = 5_000      # images in a split of the Inception Score (ADM)
@@ -49,7 +50,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("a mean or covariance is not finite (NaN or infinity)")
+        raise UserError("a mean or covariance is not finite (NaN or infinity)")
     a1 = cholesky_factor(sigma1)
     a2 = cholesky_factor(sigma2)
     product = a1.T @ (sigma2 @ a1) if a1.shape[1] <= a2.shape[1] else a2.T @ (sigma1 @ a2)
@@ -66,7 +67,7 @@ def cholesky_factor(sigma):
     a[pivots - 1] = np.tril(lower)[:, :rank]
     # 1e-12: images that are all alike have a covariance of rounding errors, of either sign.
     if not math.isclose(np.square(a).sum(), np.trace(sigma), rel_tol=1e-3, abs_tol=1e-12):
-        raise ValueError("sigma is not a covariance: it has negative eigenvalues")
+        raise UserError("sigma is not a covariance: it has negative eigenvalues")
     return a
 
 
@@ -92,7 +93,7 @@ def precision_recall(real, fake, k=3, *, block=512):
     real = torch.as_tensor(real).double()
     fake = torch.as_tensor(fake).double()
     if min(len(real), len(fake)) <= k or not (real.isfinite().all() and fake.isfinite().all()):
-        raise ValueError(f"precision and recall need more than {k} finite features of each")
+        raise UserError(f"precision and recall need more than {k} finite features of each")
     center = real.mean(0)  # small norms keep |a|^2 - 2 ab + |b|^2 accurate
     real = real - center
     fake = fake - center
@@ -153,9 +154,9 @@ class InceptionV3(nn.Module):
                 raise ValueError("not 94 convolutions and an fc.weight of (1008, 2048)")
         except Exception as e:  # noqa: BLE001  torch.load raises anything
             reason = (str(e) or type(e).__name__).splitlines()[0]
-            raise ValueError(f"{weights or 'torch.hub'}: no Inception weights ({reason}); download "
-                             f"{INCEPTION_URL} and give it as --weights FILE; training does "
-                             "without them with --eval-samples 0") from None
+            raise UserError(f"{weights or 'torch.hub'}: no Inception weights ({reason}); download "
+                            f"{INCEPTION_URL} and give it as --weights FILE; training does "
+                            "without them with --eval-samples 0") from None
         self.register_buffer("fc", state["fc.weight"].float())
         self.requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -315,7 +316,7 @@ class Images:
             self.array = np.asarray(source)
         elif name == "digits" or data.is_prepared(name):
             if not real:
-                raise ValueError(f"{name}: real images; the order is SAMPLES REFERENCE")
+                raise UserError(f"{name}: real images; the order is SAMPLES REFERENCE")
             prepared = data.Data(name)
             by_class = True
             if prepared.vae is None:
@@ -324,7 +325,7 @@ class Images:
                 self.files, _, _ = data.class_folders(prepared.source)
                 self.size = prepared.size
             else:
-                raise ValueError(f"{name}: its source {prepared.source} is gone; give --reference")
+                raise UserError(f"{name}: its source {prepared.source} is gone; give --reference")
         elif os.path.isdir(name):
             self.files = data.list_images(name)
             if real and os.path.abspath(name) not in map(os.path.dirname, self.files):
@@ -341,11 +342,11 @@ class Images:
         else:
             headers = npz_headers(name)
             if "mu" in headers and not real:
-                raise ValueError(f"{name}: has statistics; the order is SAMPLES REFERENCE")
+                raise UserError(f"{name}: has statistics; the order is SAMPLES REFERENCE")
             shape, dtype = headers.get("arr_0", ((), "nothing"))
         if dtype != np.uint8 or len(shape) != 4 or shape[0] < 4 or shape[3] not in (1, 3):
-            raise ValueError(f"{name}: must have at least 4 images, uint8 (N, H, W, C) with C 1 or "
-                             f"3, in an .npz as arr_0; found {dtype} {shape}")
+            raise UserError(f"{name}: must have at least 4 images, uint8 (N, H, W, C) with C 1 or "
+                            f"3, in an .npz as arr_0; found {dtype} {shape}")
         if headers:
             self.array = npz_array(name, "arr_0")
             if headers.get("labels") == (shape[:1], np.int64):
@@ -370,12 +371,12 @@ class Images:
 
 @contextmanager
 def open_npz(path):
-    """A zip file to read; whatever is wrong inside it becomes a ValueError that names path."""
+    """A zip file to read; whatever is wrong inside it becomes a UserError that names path."""
     try:
         with zipfile.ZipFile(path) as z:
             yield z
     except Exception as e:  # noqa: BLE001  zipfile raises anything
-        raise ValueError(f"{path}: neither a folder of images nor an intact .npz ({e})") from None
+        raise UserError(f"{path}: neither a folder of images nor an intact .npz ({e})") from None
 
 
 def npz_headers(path):
@@ -417,11 +418,11 @@ def npz_array(path, name):
 
 
 def read_statistics(path, headers, shapes):
-    """{name: array} of numbers of these shapes. ValueError: one is missing, or of another shape."""
+    """{name: array} of numbers of these shapes. UserError: one is missing, or of another shape."""
     for key, shape in shapes.items():
         found, dtype = headers.get(key, ("missing", None))
         if found != shape or dtype.kind not in "fiu":
-            raise ValueError(f"{path}: {key} must be numbers {shape}, but is {dtype} {found}")
+            raise UserError(f"{path}: {key} must be numbers {shape}, but is {dtype} {found}")
     return {key: np.array(npz_array(path, key)) for key in shapes}
 
 
@@ -471,7 +472,7 @@ def statistics(net, images, *, batch, keep):
         product = runtime.reduce(products[i])
         sigma = (product - count * torch.outer(mean, mean)) / (count - 1)
         if not sigma.isfinite().all():
-            raise ValueError(f"{images.name}: features are not finite; are the weights right?")
+            raise UserError(f"{images.name}: features are not finite; are the weights right?")
         stats[f"mu{suffix}"] = (origins[i] + mean).cpu().numpy()
         stats[f"sigma{suffix}"] = sigma.cpu().numpy()
     n = torch.bincount(torch.arange(count) // SPLIT).to(device)
@@ -492,7 +493,7 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     """
     digits = {"inception": False, "digits": True}[features]
     if weights is not None and digits:
-        raise ValueError(f"--weights {weights}: these are Inception's, which digits don't use")
+        raise UserError(f"--weights {weights}: these are Inception's, which digits don't use")
     rank, _ = runtime.ranks()
     name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else "the reference"
     prepared = data.is_prepared(name)
@@ -516,8 +517,8 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
         images = Images(reference, real=True, size=size)
         shape = images.shape
     if shape and (size not in (None, shape[0]) or digits != (shape == DIGIT)):
-        raise ValueError(f"{name}: its images are {shape}, unlike the samples or unfit for "
-                         f"{features} features; give a reference like the samples")
+        raise UserError(f"{name}: its images are {shape}, unlike the samples or unfit for "
+                        f"{features} features; give a reference like the samples")
     if rank > 0:
         runtime.barrier()  # rank 0 downloads or trains the network first
     net = digits_net() if digits else InceptionV3(weights)
@@ -546,7 +547,7 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
     if not isinstance(ref, SimpleNamespace):
         ref = load_reference(ref, features, size=images.shape[0], weights=weights, batch=batch)
     if ref.shape and images.shape != ref.shape:
-        raise ValueError(f"{images.name}: images of {images.shape}, but {ref.shape} in {ref.name}")
+        raise UserError(f"{images.name}: images of {images.shape}, but {ref.shape} in {ref.name}")
     keep = images.count if "pool" in ref.stats else 0  # only precision and recall need them
     stats, score, accuracy = statistics(ref.net, images, batch=batch, keep=keep)
     figures = torch.zeros(4, dtype=torch.float64)
@@ -588,7 +589,7 @@ def main(argv=None):
     target = args.save_stats
     inputs = [Path(path).resolve() for path in (*args.samples, args.reference)]
     if target and (target.resolve() in inputs or not target.parent.is_dir()):
-        raise ValueError(f"--save-stats {target}: must not be an input, and its folder must exist")
+        raise UserError(f"--save-stats {target}: must not be an input, and its folder must exist")
     rank, _, _ = runtime.setup()
     samples = [Images(path) for path in args.samples]
     shape = samples[0].shape

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from runtime import UserError
+
 # depth, width, heads (DiT, Table 1; T is ours, for scikit-learn's 8x8 digits)
 SIZES = {
     "T": (4, 64, 4),
@@ -40,14 +42,14 @@ def create_model(name, *, input_size, in_channels, num_classes, scale_aware=Fals
     input_size, in_channels: height (= width) and channels of x, which may be latents.
     num_classes: without the empty class, which is label num_classes.
     scale_aware: the network also takes the guidance scale w (Eq. 21).
-    ValueError: an unknown name, or an input_size that the patch doesn't divide.
+    UserError: an unknown name, or an input_size that the patch doesn't divide.
     """
     if name not in NAMES:
-        raise ValueError(f"--model {name}: unknown; known are {', '.join(NAMES)}")
+        raise UserError(f"--model {name}: unknown; known are {', '.join(NAMES)}")
     kind, size, patch = name.replace("/", "-").split("-")
     if input_size % int(patch):
-        raise ValueError(f"--model {name}: its patch of {patch} doesn't divide the input size, "
-                         f"{input_size} (of images, or of their latents)")
+        raise UserError(f"--model {name}: its patch of {patch} doesn't divide the input size, "
+                        f"{input_size} (of images, or of their latents)")
     return Transformer(kind, *SIZES[size], int(patch), input_size, in_channels, num_classes,
                        scale_aware)
 
@@ -113,7 +115,7 @@ class Transformer(nn.Module):
             w = torch.zeros_like(t, dtype=torch.float32) + (1 if w is None else w)
             c = c + self.w_embedder(w.masked_fill(y == self.num_classes, 0))
         elif w is not None:
-            raise ValueError("w is an input of scale-aware networks only (--w-range)")
+            raise UserError("w is an input of scale-aware networks only (--w-range)")
         # In this order the sum, and so every block's input, is contiguous.
         x = self.pos_embed + self.x_embedder.proj(x).flatten(2).transpose(1, 2)        # (N, T, D)
         for block in self.blocks:
@@ -188,7 +190,7 @@ def position_embedding(width, grid):
 def load_vae(name, device="cpu"):
     """diffusers' AutoencoderKL of a hub name or local folder, frozen, working image by image.
 
-    ValueError: it can't be loaded, or lacks tensors (diffusers would fill them with random ones).
+    UserError: it can't be loaded, or lacks tensors (diffusers would fill them with random ones).
     """
     from diffusers import AutoencoderKL
     from huggingface_hub.utils import logging
@@ -197,12 +199,12 @@ def load_vae(name, device="cpu"):
         vae, info = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False,
                                                   output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"--vae {name}: neither a folder of diffusers' AutoencoderKL nor found on "
-                         f"the hub ({str(e).strip().splitlines()[0]}); give such a folder, or in "
-                         "data.py none, for pixels") from None
+        raise UserError(f"--vae {name}: neither a folder of diffusers' AutoencoderKL nor found on "
+                        f"the hub ({str(e).strip().splitlines()[0]}); give such a folder, or in "
+                        "data.py none, for pixels") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         first = [*info["missing_keys"], *info["mismatched_keys"]][0]
-        raise ValueError(f"--vae {name}: incomplete, {first} is missing or of another shape")
+        raise UserError(f"--vae {name}: incomplete, {first} is missing or of another shape")
     vae.enable_slicing()
     return vae.to(device).eval().requires_grad_(False)
 

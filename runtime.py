@@ -3,9 +3,11 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,19 @@ import torch
 import torch.distributed as dist
 
 
+class UserError(ValueError):
+    """What a user can mend: one line that names the flag or file, and the remedy. For run()."""
+
+
 def command_line(description):
-    """An ArgumentParser that keeps line breaks and raises its errors as ValueError, for run()."""
+    """An ArgumentParser that keeps line breaks and raises its errors as UserError, for run()."""
     parser = argparse.ArgumentParser(
         description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=28, width=100))
 
     def error(message):
-        raise ValueError(message.removeprefix("argument "))
+        raise UserError(message.removeprefix("argument "))
     parser.error = error
     return parser
 
@@ -75,11 +81,15 @@ def barrier():
 
 
 def run(main):
-    """Calls a script's main(); reports a ValueError or OSError in one line, with exit status 2.
+    """Calls a script's main(). What a user can mend ends it with one line, and exit status 2.
+
+    That is a UserError, or an OSError that names a file. All else is a bug, ours or of whoever
+    edits these scripts, and keeps its traceback.
 
     Under torchrun rank 0 speaks first, and torchrun then ends the others. When one rank exits, the
     collectives of its peers fail too, so they speak last.
     """
+    launched = "RANK" in os.environ
     rank = int(os.environ.get("RANK", "0"))
     status = 0
     line = None
@@ -90,19 +100,26 @@ def run(main):
     except KeyboardInterrupt:
         status = 130
         line = "interrupted; run the same command to resume"
-    except (ValueError, OSError) as e:
-        time.sleep(3 if rank else 0)
-        status = 2
-        line = str(e)
-    except RuntimeError as e:
-        if "RANK" not in os.environ or not ("gloo" in str(e) or isinstance(e, dist.DistError)):
-            raise
-        time.sleep(6)
+    except Exception as e:
         status = 1
-        line = f"rank {rank} lost the others: {e}"
+        if isinstance(e, UserError) or isinstance(e, OSError) and e.filename is not None:
+            status = 2
+            line = str(e) if isinstance(e, UserError) else f"{e.filename}: {e.strerror or e}"
+            time.sleep(3 if rank else 0)
+        elif not launched:
+            raise
+        elif isinstance(e, dist.DistError) or "gloo" in str(e):
+            line = f"rank {rank} lost the others: {e}"
+            time.sleep(6)
+        else:
+            traceback.print_exc()
     if line:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(line.split())}", file=sys.stderr)
-    if "RANK" not in os.environ:
+        line = " ".join(line.split())
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own report, which comes last
+            report = {"message": line, "timestamp": str(int(time.time()))}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
+    if not launched:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -123,14 +140,14 @@ def generator(*numbers, device="cpu"):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes a folder, and holds a lock on it. ValueError: another process has it."""
+    """Makes a folder, and holds a lock on it. UserError: another process has it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process is writing to it; wait for it, or give "
-                         f"another folder") from None
+        raise UserError(f"{folder}: another process is writing to it; wait for it, or give "
+                        f"another folder") from None
     except OSError:  # a file system without locks
         pass
     try:
@@ -143,7 +160,7 @@ def locked(folder):
 def atomic(path):
     """A binary file to write to that replaces path when all is on the disk, or not at all.
 
-    OSError: it can't be written. The file at path, if there is one, then stays.
+    OSError, which names path: it can't be written. The file at path, if there is one, then stays.
     """
     temporary = Path(f"{path}.tmp")
     try:
@@ -156,6 +173,6 @@ def atomic(path):
         cause = e if isinstance(e, OSError) else e.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(f"{path} can't be written: {cause.strerror or cause}") from None
+        raise OSError(cause.errno, f"can't be written: {cause.strerror}", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ import runtime
 from checkpoints import fingerprint, load_checkpoint
 from data import fill
 from models import ALPHA_BARS
+from runtime import UserError
 
 
 def guided(model, y, *, cfg=1.0, interval=(0.0, 1.0), w=None, null=None):
@@ -156,13 +157,13 @@ SAMPLERS = {"euler-maruyama": euler_maruyama, "euler": euler, "heun": heun,
 
 
 def choose_sampler(name, model, steps):
-    """The name, or the paper's sampler for None. ValueError: it doesn't fit the network."""
+    """The name, or the paper's sampler for None. UserError: it doesn't fit the network."""
     dit = getattr(model, "kind", "SiT") == "DiT"
     fitting = ["ddpm", "ddim"] if dit else ["euler-maruyama", "euler", "heun"]
     if name not in (None, *fitting):
-        raise ValueError(f"--sampler {name}: this network takes {' or '.join(fitting)}")
+        raise UserError(f"--sampler {name}: this network takes {' or '.join(fitting)}")
     if dit and steps > len(ALPHA_BARS):
-        raise ValueError(f"--steps {steps}: a DiT has 1 to {len(ALPHA_BARS)}")
+        raise UserError(f"--steps {steps}: a DiT has 1 to {len(ALPHA_BARS)}")
     return name or fitting[0]
 
 
@@ -175,7 +176,7 @@ def generate(model, labels, seeds, *, sampler=None, steps=250, w=None, cfg=1.0, 
 
     Sample i depends on seeds[i] >= 0 alone: not on batch size, order or number of processes.
     sampler None: the paper's, euler-maruyama or ddpm. vae None: the model works on pixels.
-    ValueError: the sampler doesn't fit, or the network's output is not finite.
+    UserError: the sampler doesn't fit, or the network's output is not finite.
     """
     device = next(model.parameters(), torch.empty(0)).device
     shape = model.in_channels, model.input_size, model.input_size
@@ -188,7 +189,7 @@ def generate(model, labels, seeds, *, sampler=None, steps=250, w=None, cfg=1.0, 
     x = SAMPLERS[choose_sampler(sampler, model, steps)](net, randn(), steps, randn)
     x = models.decode(vae, x) if vae else x
     if not x.isfinite().all():
-        raise ValueError("the network's output is not finite (NaN or infinite): nothing is drawn")
+        raise UserError("the network's output is not finite (NaN or infinite): nothing is drawn")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
@@ -203,7 +204,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
 
     labels: int64 (num,), on the CPU; batch: images at a time, per process; options: generate()'s.
     Beside it, PATH.json records how it was made: `record` and the sampling options. Interrupted, it
-    resumes, unless resume=False. ValueError: PATH.parts is of another interrupted run.
+    resumes, unless resume=False. UserError: PATH.parts is of another interrupted run.
     """
     rank, _ = runtime.ranks()
     parts = f"{path}.parts"
@@ -322,11 +323,11 @@ def choose_labels(args, classes):
         elif label.isdecimal() and int(label) < len(classes):
             wanted.append(int(label))
         else:
-            raise ValueError(f"--labels {label}: neither a class of this checkpoint nor a number "
-                             f"from 0 to {len(classes) - 1}")
+            raise UserError(f"--labels {label}: neither a class of this checkpoint nor a number "
+                            f"from 0 to {len(classes) - 1}")
     num = args.num_samples or 8 * len(wanted)
     if num % len(wanted):
-        raise ValueError(f"--num-samples {num}: must be a multiple of the {len(wanted)} labels")
+        raise UserError(f"--num-samples {num}: must be a multiple of the {len(wanted)} labels")
     return torch.tensor(wanted).repeat_interleave(num // len(wanted)), "list", num // len(wanted)
 
 
@@ -338,14 +339,14 @@ def main(argv=None):
     labels, rule, columns = choose_labels(args, config["classes"])
     sampler = choose_sampler(args.sampler, model, args.steps)
     if args.w is not None and not model.scale_aware:
-        raise ValueError(f"--w {args.w}: this checkpoint was trained at one scale (no --w-range)")
+        raise UserError(f"--w {args.w}: this checkpoint was trained at one scale (no --w-range)")
     if args.cfg != 1 and config.get("num_labels"):
-        raise ValueError(f"--cfg {args.cfg}: this checkpoint has no empty class (--num-labels)")
+        raise UserError(f"--cfg {args.cfg}: this checkpoint has no empty class (--num-labels)")
     vae_name = args.vae or config["vae"]
     vae = models.load_vae(vae_name, device) if vae_name else None
     if vae and vae.config.latent_channels != model.in_channels:
-        raise ValueError(f"--vae {vae_name}: has {vae.config.latent_channels} channels, and this "
-                         f"checkpoint {model.in_channels}")
+        raise UserError(f"--vae {vae_name}: has {vae.config.latent_channels} channels, and this "
+                        f"checkpoint {model.in_channels}")
     if rank == 0 and args.cfg != 1 and config.get("drop") == 0:
         print(f"warning: {args.checkpoint} was trained with --drop 0: CFG needs the empty class",
               file=sys.stderr)

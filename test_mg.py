@@ -38,6 +38,7 @@ import train_dit_mg
 import train_sit_mg
 from checkpoints import load_checkpoint
 from models import ALPHA_BARS, BETAS, create_model
+from runtime import UserError
 from sample import SAMPLERS, generate
 
 
@@ -59,7 +60,7 @@ def handlers():
 
 def error(main, *argv):
     """The one line with which main(argv) ends, or main() without argv."""
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(UserError) as e:
         main([str(a) for a in argv]) if argv else main()
     assert "\n" not in str(e.value)
     return str(e.value)
@@ -307,11 +308,41 @@ def test_vae_codec(tmp_path):
 
 
 def test_one_line_and_status_2(tmp_path):
-    """An error of a script: plainly, and under torchrun, where one rank speaks; its exit is 1."""
+    """An error of a user: plainly, and under torchrun, where one rank speaks; its exit is 1."""
     code, words = shell("fid.py", "nowhere", "digits")
     assert code == 2 and words.startswith("fid.py: error: nowhere") and words.count("\n") == 1
     code, words = shell("train_sit_mg.py", "--model", "X", "--out", tmp_path, processes=2)
-    assert code == 1 and words.count("train_sit_mg.py: error: --model X: unknown") == 1
+    line = "train_sit_mg.py: error: --model X: unknown"
+    assert code == 1 and words.count(line) == 1 and "in create_model" not in words
+    assert "--model X: unknown" in "".join(words.splitlines()[-3:])  # of torchrun's own report
+
+
+def unpack_a_tensor(*_):
+    a, b = torch.zeros(3)
+    return a + b
+
+
+def read_a_key(*_):
+    return {}["key"]
+
+
+def multiply_shapes(*_):
+    return torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("bug", [unpack_a_tensor, read_a_key, multiply_shapes])
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_bug_keeps_its_traceback(bug, launched, tmp_path):
+    """Of whoever edits Block.forward: it ends with the file and the line."""
+    def edited(_):
+        if launched:
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        models.Block.forward = bug
+        runtime.run(lambda: train("SiT", tmp_path, "--steps", 2))
+    words = fork(edited, status=1)
+    assert re.search(rf'File ".*test_mg.py", line {bug.__code__.co_firstlineno + 1}, in', words)
+    assert "Traceback" in words and "error: " not in words
 
 
 # ---------------------------------------------------------------- mg_loss
@@ -890,18 +921,17 @@ class Evil:
 def test_bad_checkpoints(checkpoint, tmp_path):
     """One line that names the file; nothing in a pickle is run."""
     whole = torch.load(checkpoint, weights_only=True)
-    old = whole["config"] | {"freq_divisor": 127}
     lacking = {key: x for key, x in whole["ema"].items() if key != "blocks.2.mlp.fc1.bias"}
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100_000])
     (tmp_path / "folder.pt").mkdir()
     for name, state in (("other", {"model": 1}), ("evil", {"ema": Evil()}), ("list", [1, 2]),
-                        ("old", whole | {"config": old}), ("lacking", whole | {"ema": lacking}),
+                        ("lacking", whole | {"ema": lacking}),
                         ("nano", {"config": {"n_layer": 3}, "model": {}}),
                         ("numbers", {0: torch.ones(2)})):
         torch.save(state, tmp_path / f"{name}.pt")
     for name, says in (("cut", "truncated"), ("none", "no such"), ("list", "not a checkpoint"),
                        ("other", "not a checkpoint"), ("evil", "never run"),
-                       ("old", "first version"), ("lacking", "blocks.2.mlp.fc1.bias"),
+                       ("lacking", "blocks.2.mlp.fc1.bias"),
                        ("folder", "DiTPipeline"), ("nano", "not a whole checkpoint"),
                        ("numbers", "not a checkpoint")):
         line = error(lambda path=tmp_path / f"{name}.pt": load_checkpoint(path))
@@ -1244,7 +1274,8 @@ def test_a_full_disk_or_a_broken_file_leaves_the_checkpoint_before(whole, tmp_pa
     def limited(_):
         checkpoints.save_checkpoint = before(checkpoints.save_checkpoint, 2, fill_up)
         train("SiT", tmp_path, "--steps", 9)
-    assert "ckpt.pt can't be written: File too large" in fork(limited, status=1)
+    words = fork(lambda _: runtime.run(lambda: limited(0)), status=2)
+    assert words.endswith(f"error: {tmp_path}/ckpt.pt: can't be written: File too large\n")
     assert load(tmp_path)["step"] == 4
     same(train("SiT", tmp_path, "--steps", 9), whole)
     os.truncate(tmp_path / "ckpt.pt", 1000)

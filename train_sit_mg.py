@@ -29,6 +29,7 @@ import fid
 import models
 import runtime
 from data import Data
+from runtime import UserError
 from sample import balanced, save_classes, write_samples
 
 # ================================================ SiT's own
@@ -148,8 +149,8 @@ def train(args, data, rank, world, device):
     batch = args.batch
     micro = batch // (world * args.accum)
     if batch != micro * world * args.accum:
-        raise ValueError(f"--batch {batch}: must be a multiple of processes times --accum, "
-                         f"{world} x {args.accum}")
+        raise UserError(f"--batch {batch}: must be a multiple of processes times --accum, "
+                        f"{world} x {args.accum}")
     # ---------------- a new run, or the last checkpoint's
     auto = str(args.w).startswith("auto")
     shape = {"input_size": data.shape[1], "in_channels": data.shape[0],
@@ -164,7 +165,7 @@ def train(args, data, rank, world, device):
     else:
         model = models.create_model(args.model, **shape)
     if model.kind != KIND:
-        raise ValueError(f"--model {args.model}: this script trains a {KIND}")
+        raise UserError(f"--model {args.model}: this script trains a {KIND}")
     model = model.to(device)
     model.checkpointing = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -188,8 +189,8 @@ def train(args, data, rank, world, device):
     start = step
     span = runtime.reduce(torch.tensor([step, -step]), dist.ReduceOp.MAX).sum()
     if span:  # the largest step minus the smallest
-        raise ValueError(f"--out {out}: the processes find checkpoints {span} steps apart in it; "
-                         "it must be a folder that all machines share")
+        raise UserError(f"--out {out}: the processes find checkpoints {span} steps apart in it; "
+                        "it must be a folder that all machines share")
     vae = models.load_vae(data.vae, device) if data.vae else None
     reference = None
     if args.eval_samples:
@@ -236,8 +237,8 @@ def train(args, data, rank, world, device):
         if due or saving or logging or stopped:
             losses = runtime.reduce(losses) / world
             if not torch.stack([x.isfinite().all() for x in (losses, *ema_weights)]).all():
-                raise ValueError(f"the loss or a weight is not finite at step {step}; earlier "
-                                 f"checkpoints stay. Lower --lr or --w, or give --clip")
+                raise UserError(f"the loss or a weight is not finite at step {step}; earlier "
+                                f"checkpoints stay. Lower --lr or --w, or give --clip")
             if logging:
                 speed = (step - since) * batch / (time.perf_counter() - clock)
                 log.append({"step": step, "loss": losses.double().mean().item(),
