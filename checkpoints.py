@@ -134,7 +134,7 @@ def save_curves(rows, path):
     """The rows of a log: loss, score and w, each where it was logged and moved."""
     from matplotlib.figure import Figure
     curves = {}
-    for name, key in ("loss", "loss"), ("Fréchet distance", "fid"), ("w", "w"):
+    for name, key in ("loss", "loss"), ("FD", "fd"), ("FID", "fid"), ("w", "w"):
         points = [(row["step"], row[key]) for row in rows if row.get(key, "") != ""]
         if len({value for _, value in points}) > 1:
             curves[name] = points

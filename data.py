@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoints
 import models
@@ -201,7 +200,7 @@ def read_info(folder):
                         "another folder") from None
 
 
-def fill(folder, info, make, *, free=(), show=True):
+def fill(folder, info, make, *, free=()):
     """An array on disk, FOLDER/x.npy, of which each process makes a share. Resumes where it was.
 
     info: what the values depend on, and "shape", "dtype"; kept as FOLDER/data.json.
@@ -224,7 +223,7 @@ def fill(folder, info, make, *, free=(), show=True):
         runtime.barrier()  # every rank has seen what is missing
         if len(mine):
             with (open(folder / "x.npy", "r+b") as file, open(progress, "r+b") as marks,
-                  tqdm(total=len(mine), unit="img", disable=rank > 0 or not show) as bar):
+                  runtime.progress(len(mine), folder.name) as bar):
                 for values in make(mine):
                     rows = mine[:len(values)].tolist()
                     mine = mine[len(values):]
@@ -258,7 +257,7 @@ def begin(folder, info, free):
         if other:
             raise UserError(f"{folder} was made with another {other[0]}: use the same flags and "
                             f"files to resume, or delete it")
-    elif {*os.listdir(folder)} - {"data.json.tmp"}:
+    elif {*os.listdir(folder)} - {"data.json.tmp", runtime.LOCK}:
         raise UserError(f"{folder}: has other files in it; give a new or an empty folder")
     with runtime.atomic(folder / "data.json") as f:
         f.write(json.dumps(info, indent=1).encode() + b"\n")

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 import runtime
@@ -451,21 +450,22 @@ def statistics(net, images, *, batch, keep):
     p_sum = zeros(splits, net.widths[2])
     p_log_p = zeros(splits)
     right = zeros(1)
-    for rows, x in tqdm(images.batches(batch, rank, world), images.name, unit="batch", leave=False,
-                        total=math.ceil(count / world / batch), disable=True if rank else None):
-        pool, spatial, probs = net(x.to(device))
-        for i, features in enumerate((pool, spatial)):
-            difference = features.double() - origins[i]
-            sums[i] += difference.sum(0)
-            products[i].addmm_(difference.T, difference)
-        wanted = rows[rows < keep].to(device)
-        kept[wanted] = pool[:len(wanted)]
-        p = probs.double()
-        split = (rows // SPLIT).to(device)
-        p_sum.index_add_(0, split, p)
-        p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
-        if images.labels is not None:
-            right += (probs.argmax(1) == torch.from_numpy(images.labels)[rows].to(device)).sum()
+    with runtime.progress(math.ceil(count / world), images.name) as bar:
+        for rows, x in images.batches(batch, rank, world):
+            pool, spatial, probs = net(x.to(device))
+            for i, features in enumerate((pool, spatial)):
+                difference = features.double() - origins[i]
+                sums[i] += difference.sum(0)
+                products[i].addmm_(difference.T, difference)
+            wanted = rows[rows < keep].to(device)
+            kept[wanted] = pool[:len(wanted)]
+            p = probs.double()
+            split = (rows // SPLIT).to(device)
+            p_sum.index_add_(0, split, p)
+            p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
+            if images.labels is not None:
+                right += (probs.argmax(1) == torch.from_numpy(images.labels)[rows].to(device)).sum()
+            bar.update(len(rows))
     stats = {"pool": runtime.reduce(kept).cpu().numpy(), "shape": np.array(images.shape)}
     for i, suffix in enumerate(("", "_s")):
         mean = runtime.reduce(sums[i]) / count
@@ -488,10 +488,12 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     reference: an .npz with ADM's statistics (mu, sigma, mu_s, sigma_s) or with images, arr_0; a
         folder of images, or of class folders, cropped to size; "digits"; a folder that data.py
         has prepared, which then keeps its statistics, as inception.npz; an array of images.
-    features: "digits" for 8x8 images of one channel. size: height of the samples, in pixels.
-    -> a namespace: name, net, stats (as of statistics(); ADM's lack pool and shape), shape or None
+    features: "inception", or "classifier" for digits. size: height of the samples, in pixels.
+    -> a namespace: name, features, net, stats (of statistics(); ADM's lack pool and shape), shape
     """
-    digits = {"inception": False, "digits": True}[features]
+    if features not in ("inception", "classifier"):
+        raise UserError(f"features {features}: there are inception and classifier")
+    digits = features == "classifier"
     if weights is not None and digits:
         raise UserError(f"--weights {weights}: these are Inception's, which digits don't use")
     rank, _ = runtime.ranks()
@@ -531,11 +533,15 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
         if prepared and rank == 0:
             with suppress(OSError), runtime.atomic(file) as f:  # not writable: computed anew
                 np.savez(f, **stats)
-    return SimpleNamespace(name=name, net=net, stats=stats, shape=shape)
+    return SimpleNamespace(name=name, features=features, net=net, stats=stats, shape=shape)
 
 
 def evaluate(samples, reference, features="inception", *, weights=None, batch=64):
-    """{"fid", "sfid", "is", "precision", "recall"}, and for digits with labels "accuracy".
+    """{"fid", "sfid", "is", "precision", "recall"}, or {"fd", "accuracy", "precision", "recall"}.
+
+    The latter are by the features of the digits' classifier. FD is FID's distance in them, and can
+    be compared with FD alone. accuracy: the share of samples that the classifier takes for what
+    their labels say; nan without labels.
 
     samples: an .npz with arr_0 uint8 (N, H, W, C), a folder of images, or such an array.
     reference: what load_reference() takes, or what it returned, with its features and weights.
@@ -559,11 +565,12 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
         if keep:
             real, fake = (torch.from_numpy(x["pool"]).to(device) for x in (ref.stats, stats))
             figures[2], figures[3] = precision_recall(real, fake)
-    fid, sfid, precision, recall = runtime.reduce(figures).tolist()
-    scores = {"fid": fid, "sfid": sfid, "is": score, "precision": precision, "recall": recall}
-    if images.labels is not None and isinstance(ref.net, DigitsNet):
-        scores["accuracy"] = accuracy
-    return scores
+    distance, spatial_distance, precision, recall = runtime.reduce(figures).tolist()
+    manifolds = {"precision": precision, "recall": recall}
+    if ref.features == "classifier":
+        accuracy = math.nan if images.labels is None else accuracy
+        return {"fd": distance, "accuracy": accuracy} | manifolds
+    return {"fid": distance, "sfid": spatial_distance, "is": score} | manifolds
 
 
 # ---------------------------------------------------------------- python fid.py
@@ -593,9 +600,11 @@ def main(argv=None):
     rank, _, _ = runtime.setup()
     samples = [Images(path) for path in args.samples]
     shape = samples[0].shape
-    reference = load_reference(args.reference, "digits" if shape == DIGIT else "inception",
+    reference = load_reference(args.reference, "classifier" if shape == DIGIT else "inception",
                                size=shape[0], weights=args.weights, batch=args.batch)
-    columns = ["FID", "sFID", "IS", "precision", "recall"] + ["accuracy"] * (shape == DIGIT)
+    columns = ["FID", "sFID", "IS", "precision", "recall"]
+    if shape == DIGIT:
+        columns = ["FD", "accuracy", "precision", "recall"]
     table = [["samples", "images", "labels", *columns],
              ["---", "---:", "---"] + ["---:"] * len(columns)]
     for images in samples:

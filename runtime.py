@@ -1,18 +1,26 @@
-"""How every script starts and ends: flags, errors, processes, seeds, locks and files."""
+"""How every script starts and ends: flags, errors, processes, signals, seeds, locks and files."""
 import argparse
 import contextlib
 import datetime
-import fcntl
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+LOCK = ".lock"
+# What a terminal, a cluster or a person sends to end a process, where the platform has it.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]
 
 
 class UserError(ValueError):
@@ -54,11 +62,24 @@ def setup():
     if "RANK" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        found = " ".join(f"{key}={os.environ.get(key, '')}"
+                         for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        message = f"waiting for the other processes ({found}); if there are none, unset RANK"
+        waiting = threading.Timer(10, print, [message], {"file": sys.stderr, "flush": True})
+        waiting.daemon = True
+        waiting.start()
         # One rank may work alone for hours (evaluation, files); torchrun detects a dead one.
         # torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with torch 2.13, which
         # hands restarted processes the address of the first attempt.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=datetime.timedelta(days=7))
+        try:
+            with handlers_kept():
+                listen(signal.SIG_DFL)  # inside of torch Python could not act on a Ctrl-C
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                        timeout=datetime.timedelta(days=7))
+        except ValueError as e:  # torch names what is missing in the environment
+            raise UserError(f"RANK is set, but: {e}; use torchrun, or unset RANK") from None
+        finally:
+            waiting.cancel()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return *ranks(), device
 
@@ -126,6 +147,48 @@ def run(main):
     os._exit(status)  # at an orderly exit gloo's threads abort one process in ten
 
 
+def listen(handler):
+    """Lets handler(number, frame) have the signals that ask a process to end, Ctrl-C among them.
+
+    Not those that are ignored, so that nohup works; and outside the main thread none.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """At the end of the block the handlers of before have their signals again."""
+    earlier = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def progress(total, name):
+    """tqdm's bar, of rank 0; where there is no terminal, a line every half minute."""
+    options = {}
+    if not sys.stderr.isatty():
+        options = {"file": Lines(), "mininterval": 30, "delay": 30,
+                   "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"}
+    return tqdm(total=total, desc=name, unit="img", leave=False, disable=ranks()[0] > 0, **options)
+
+
+class Lines:
+    """A file to which tqdm writes whole lines, where it would go back to the start of one."""
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
 def move(x, device):
     """x on the device; from the CPU through pinned memory, so that nothing waits for a GPU."""
     x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
@@ -140,20 +203,21 @@ def generator(*numbers, device="cpu"):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes a folder, and holds a lock on it. UserError: another process has it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    """Makes a folder and holds a lock on it, FOLDER/.lock. UserError: another process does."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: is, or is in, a file; give a folder") from None
+    lock = filelock.FileLock(Path(folder, LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
         raise UserError(f"{folder}: another process is writing to it; wait for it, or give "
                         f"another folder") from None
-    except OSError:  # a file system without locks
-        pass
     try:
         yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 @contextlib.contextmanager

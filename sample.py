@@ -228,7 +228,7 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
             yield images.numpy()
     info = record | {"labels": labels.tolist(), "network_dtype": dtype, "dtype": "|u1",
                      "shape": [len(labels), size, size, channels]}
-    images = fill(parts, info, make, show=resume)
+    images = fill(parts, info, make)
     if rank == 0:
         if str(path).endswith(".png"):
             save_grid(images, path, columns)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -47,15 +48,6 @@ def surroundings(tmp_path_factory):
     """A cache of our own for the digits' CNN; no network; one thread, as the tensors are small."""
     os.environ |= {"TORCH_HOME": str(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The train scripts set signal handlers."""
-    earlier = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield
-    for number, handler in earlier:
-        signal.signal(number, handler)
 
 
 def error(main, *argv):
@@ -1108,7 +1100,7 @@ def test_prepared_latents_are_what_encode_gives(tmp_path):
         prepare(folder, tmp_path / f"early{number}", *flags)
     fork(lambda _: prepare(folder, tmp_path / "two", *flags[:2]), 2)
     for name in "killed", "early1", "early2", "early3", "two":
-        assert sorted(os.listdir(tmp_path / name)) == ["data.json", "x.npy"]
+        assert sorted(os.listdir(tmp_path / name)) == [runtime.LOCK, "data.json", "x.npy"]
         for file in "data.json", "x.npy":
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
@@ -1126,7 +1118,6 @@ def test_data_refuses(tmp_path, capsys):
     assert "give the folder above the classes" in refused(folder / "class0")
     assert "multiple of the VAE's 2" in refused(size=15, vae=tmp_path / "vae")
     assert "has other files" in refused(out=tmp_path / "full")
-    assert not out.exists()
     with runtime.locked(out):
         assert "another process is writing" in refused()
     for _ in range(2):  # the second time it is complete
@@ -1240,7 +1231,7 @@ def test_resuming_is_exact(kind, flags, tmp_path):
         steps = [int(row["step"]) for row in csv.DictReader(f)]
     assert steps == [row["step"] for row in run["log"]]
     assert set(os.listdir(b)) == {"ckpt.pt", "ckpt-prev.pt", "log.csv", "curves.png", "samples.npz",
-                                  "samples.npz.json", "samples.png"}
+                                  "samples.npz.json", "samples.png", runtime.LOCK}
 
 
 @pytest.mark.parametrize(("moment", "number"), [("save", 1), ("save", 2), ("replace", 2),
@@ -1312,7 +1303,7 @@ def test_under_torchrun(tmp_path):
     """Two processes, two --accum: a run with its evaluation is the run of one process; resumed."""
     flags = [*FEW, "--steps", 4, "--save-every", 2, "--eval-samples", 8, "--accum", 2]
     run = train("DiT", tmp_path / "a", *flags)
-    assert run["log"][-1].keys() >= {"fid", "sfid", "is", "precision", "recall", "accuracy"}
+    assert run["log"][-1].keys() >= {"fd", "accuracy", "precision", "recall"}
     for says in "", "resuming from step 4":
         code, words = shell("train_dit_mg.py", *flags, "--out", tmp_path / "b", processes=2)
         assert code == 0 and "Traceback" not in words and says in words, words
@@ -1320,12 +1311,9 @@ def test_under_torchrun(tmp_path):
 
 
 def test_a_signal_to_one_process_saves_all(tmp_path):
-    def interrupt(*_):
-        kill(signal.SIGINT), kill(signal.SIGINT)  # torchrun passes a Ctrl-C on
-
     def signalled(rank):
         if rank == 1:
-            train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 3, interrupt)
+            train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 3, lambda *_: kill(signal.SIGINT))
         train("SiT", tmp_path, "--steps", 20)
     words = fork(signalled, 2, status=128 + signal.SIGINT)
     assert words.count("step 3 is saved") == 1
@@ -1344,22 +1332,91 @@ def test_a_step_that_a_signal_saved_can_become_the_last(tmp_path):
     assert (tmp_path / "samples.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("samples", [0, 8])
-def test_a_signal_in_an_evaluation_ends_at_once(samples, tmp_path, monkeypatch):
-    """A later run makes up for it; a finished one is not drawn again."""
-    flags = "--steps", 4, "--eval-samples", samples
-    (tmp_path / "samples.png").touch()  # of a run whose checkpoint was deleted
+@pytest.mark.parametrize("number", runtime.SIGNALS)
+def test_a_signal_saves_and_ends(number, tmp_path):
+    """Also with --save-every 0, and twice at once."""
+    def twice(*_):
+        kill(number)
+        kill(number)  # torchrun passes a Ctrl-C on, which the process may have had already
+
+    def signalled(_):
+        train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 3, twice)
+        train("SiT", tmp_path, "--save-every", 0)
+    words = fork(signalled, status=128 + number)
+    assert "step 3 is saved" in words and load(tmp_path)["step"] == 3
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As nohup does."""
+    def started_by_nohup(_):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 3, lambda *_: kill(signal.SIGHUP))
+        train("SiT", tmp_path, "--steps", 5)
+    fork(started_by_nohup)
+    assert load(tmp_path)["step"] == 5
+
+
+@pytest.mark.parametrize(("samples", "save_every"), [(0, 4), (8, 4), (8, 0)])
+def test_a_signal_in_an_evaluation_ends_at_once(samples, save_every, tmp_path, monkeypatch):
+    """A later run makes up for it; an evaluation that was made is not made again."""
+    flags = ["--eval-samples", samples, "--save-every", save_every, "--eval-every", 3]
+    evaluate = train_sit_mg.evaluate
 
     def signalled(_):
         train_sit_mg.evaluate = lambda *_, **__: kill(signal.SIGTERM)
-        train("SiT", tmp_path, *flags)
-    fork(signalled, status=-signal.SIGTERM)
-    assert load(tmp_path)["step"] == 4
-    run = train("SiT", tmp_path, *flags)
-    assert ("fid" in run["log"][-1]) == (samples > 0)
-    assert (tmp_path / "samples.png").stat().st_size > 0
-    monkeypatch.setattr(train_sit_mg, "evaluate", None)
-    same(train("SiT", tmp_path, *flags), run)
+        runtime.run(lambda: train("SiT", tmp_path, *flags, "--steps", 4))
+    assert "interrupted; run the same command to resume" in fork(signalled, status=130)
+    assert load(tmp_path)["step"] == 3 and load(tmp_path)["scored"] == 0
+    scored = []
+    monkeypatch.setattr(train_sit_mg, "evaluate",
+                        lambda *args: scored.append(args[5]) or evaluate(*args))
+    run = train("SiT", tmp_path, *flags, "--steps", 4)
+    assert scored == [3, 4] and run["scored"] == 4
+    assert ["fd" in row for row in run["log"]] == [samples > 0] * 2
+    same(train("SiT", tmp_path, *flags, "--steps", 4), run)
+    assert scored == [3, 4]
+
+
+def test_main_in_a_notebook(tmp_path, whole):
+    """Twice in one process and in a thread, to the bit; Ctrl-C then works as before the calls."""
+    def mine(*_):
+        raise KeyError
+    earlier = signal.signal(signal.SIGINT, mine)
+    thread = threading.Thread(target=train, args=("SiT", tmp_path / "a", "--steps", 9))
+    thread.start()
+    thread.join()
+    same(load(tmp_path / "a"), whole)
+    for name in "b", "c":
+        same(train("SiT", tmp_path / name, "--steps", 9), whole)
+    assert signal.getsignal(signal.SIGINT) is mine
+    signal.signal(signal.SIGINT, earlier)
+    assert all(signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGTERM,
+                                                                         signal.SIGUSR1))
+
+
+def test_without_a_terminal_lines_are_printed(tmp_path, capsys):
+    train("SiT", tmp_path, "--steps", 30, "--log-every", 10, "--save-every", 0)
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("step")] == [
+        "step 10 of 30", "step 20 of 30", "step 30 of 30"]
+    assert err == "" and "\r" not in out
+
+
+def test_waiting_for_others_says_for_whom(monkeypatch):
+    """A stale RANK in the environment."""
+    def lonely(_):
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": "0"}
+        threading.Timer = lambda _, act, *args: timer(0.1, act, *args)
+        signal.alarm(2)
+        runtime.setup()
+    timer = threading.Timer
+    words = fork(lonely, status=-signal.SIGALRM)
+    assert "waiting for the other processes (RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1" in words
+    monkeypatch.setenv("RANK", "0")
+    for key in "WORLD_SIZE", "MASTER_ADDR":
+        monkeypatch.delenv(key, raising=False)
+    assert "WORLD_SIZE expected" in error(runtime.setup)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
@@ -1386,21 +1443,22 @@ def test_ways_to_be_faster_or_smaller(flag, tmp_path, monkeypatch):
     assert all(x.dtype == torch.float32 for x in fast["model"].values())
 
 
-@pytest.mark.parametrize(("rule", "plain", "with_cfg", "want"), [
-    ("auto", [5, 4, 5, 1], [4, 5, 4, 1], [1.0, 1.09, 1.081, 1.1629]),
-    ("auto-paper", [5, 4, 6, 1], [], [1.0, 1.0, 1.0, 1.09])])
-def test_automatic_w(rule, plain, with_cfg, want, tmp_path, monkeypatch):
-    """Sec. 3.3: a moving average towards 1.9 or 1, by FIDs that are given here."""
+@pytest.mark.parametrize(("rule", "score", "plain", "with_cfg", "want"), [
+    ("auto", "fd", [5, 4, 5, 1], [4, 5, 4, 1], [1.0, 1.09, 1.081, 1.1629]),
+    ("auto", "fid", [5, 4, 5, 1], [4, 5, 4, 1], [1.0, 1.09, 1.081, 1.1629]),
+    ("auto-paper", "fd", [5, 4, 6, 1], [], [1.0, 1.0, 1.0, 1.09])])
+def test_automatic_w(rule, score, plain, with_cfg, want, tmp_path, monkeypatch):
+    """Sec. 3.3: a moving average towards 1.9 or 1, by scores that are given here."""
     plain = iter(plain)
     with_cfg = iter(with_cfg)
     monkeypatch.setattr(train_sit_mg, "evaluate",
-                        lambda *_, cfg=1.0: {"fid": next(plain if cfg == 1 else with_cfg)})
+                        lambda *_, cfg=1.0: {score: next(plain if cfg == 1 else with_cfg)})
     curves = []
     monkeypatch.setattr(checkpoints, "save_curves",
                         lambda rows, _: curves.append(rows[-1]["step"]))
     run = train("SiT", tmp_path, "--w", rule, "--eval-samples", 8, "--eval-every", 2, "--steps", 8)
     assert curves == [2, 4, 6, 8]
-    assert [row["w"] for row in run["log"] if "fid" in row] == pytest.approx(want)
+    assert [row["w"] for row in run["log"] if score in row] == pytest.approx(want)
 
 
 def test_init(tmp_path, capsys):
@@ -1479,7 +1537,7 @@ def test_flags_that_are_refused(line, says, checkpoint, tmp_path, monkeypatch):
         assert says in error(sample.main, checkpoint, *flags)
     else:
         assert says in error(train_sit_mg.main, *flags)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name[0] != "."]
 
 
 def test_one_run_per_folder(tmp_path):
@@ -1488,8 +1546,8 @@ def test_one_run_per_folder(tmp_path):
     with runtime.locked(tmp_path / "a"):
         assert "another process is writing" in refused(out=tmp_path / "a")
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
-        refused(out=tmp_path / "file")
+    for path in tmp_path / "file", tmp_path / "file" / "a":
+        assert "is, or is in, a file" in refused(out=path)
     train("SiT", tmp_path, "--steps", 4)
     line = refused("--lr", 1)
     assert "lr 0.004, not 1.0" in line and "--init" in line and "--out NEW" in line
@@ -1933,20 +1991,26 @@ def test_evaluate_is_its_parts(tmp_path, monkeypatch):
 
     def score(_):
         runtime.setup()
-        reference = fid.load_reference(real, "digits")
+        reference = fid.load_reference(real, "classifier")
+        short = fid.evaluate(tmp_path / "x.npz", reference)
+        assert short == pytest.approx({"fd": want["fid"]} | {
+            key: want[key] for key in ("accuracy", "precision", "recall")}, rel=1e-5)
+        reference.features = "inception"  # all of the scores, by the small network's features
         for size in 1, 7, 64:
             got = fid.evaluate(tmp_path / "x.npz", reference, batch=size)
-            assert got == pytest.approx(want, rel=1e-5)
-        digits = fid.evaluate(tmp_path / "x.npz", "digits", "digits", batch=10)
+            assert got == pytest.approx({k: want[k] for k in want if k != "accuracy"}, rel=1e-5)
+        digits = fid.evaluate(tmp_path / "x.npz", "digits", "classifier", batch=10)
         (tmp_path / f"{runtime.ranks()}").write_text(json.dumps([got, digits]))
     for world in 1, 2:
         fork(score, world)
     (_, one), two, other = (json.loads((tmp_path / name).read_text())
                             for name in ("(0, 1)", "(0, 2)", "(1, 2)"))
     assert two == other and two[1] == pytest.approx(one, rel=1e-5)
-    same = fid.evaluate(real[:1000], real[:1000], "digits")
+    reference = fid.load_reference(real[:1000], "classifier")
+    reference.features = "inception"
+    same = fid.evaluate(real[:1000], reference)
     assert same["fid"] < 1e-6 and same["sfid"] < 1e-6 and same["precision"] == same["recall"] == 1
-    black = fid.evaluate(np.zeros((70, 8, 8, 1), np.uint8), real, "digits")  # a collapsed model
+    black = fid.evaluate(np.zeros((70, 8, 8, 1), np.uint8), reference)  # a collapsed model
     assert black["fid"] > want["fid"] and black["recall"] == 0 and black["is"] == pytest.approx(1)
 
 
@@ -1983,23 +2047,23 @@ def test_command_line_and_references_of_statistics(tmp_path, capsys, monkeypatch
     np.savez("fake.npz", arr_0=fake, labels=labels)
     np.savez("few.npz", arr_0=fake[:50])
     Path("fake.npz.json").write_text('{"class_labels": "balanced"}')
-    want = fid.evaluate("fake.npz", real, "digits")
+    want = fid.evaluate("fake.npz", real, "classifier")
     capsys.readouterr()
     fid.main(["fake.npz", "few.npz", "real.npz", "--save-stats", "stats.npz"])
     out, err = capsys.readouterr()
     header, _, a, b = (line.replace("|", " ").split() for line in out.splitlines())
-    assert " ".join(header) == "samples images labels FID sFID IS precision recall accuracy"
+    assert " ".join(header) == "samples images labels FD accuracy precision recall"
     assert a[:3] == ["fake.npz", "80", "balanced"]
-    assert b[:3] == ["few.npz", "50", "-"] and b[8] == "-"
+    assert b[:3] == ["few.npz", "50", "-"] and b[4] == "-"
     assert [float(cell) for cell in a[3:]] == pytest.approx([*want.values()], abs=1e-4)
     assert err.count("warning") == 1 and "few.npz: 50 images" in err  # of 64 features
     stats = {k: v for k, v in np.load("stats.npz").items() if k not in ("pool", "shape")}
     np.savez("adm.npz", **stats, arr_0=real)
     np.savez("only.npz", **stats)
     for name in "stats.npz", "adm.npz":
-        assert fid.evaluate("fake.npz", name, "digits") == pytest.approx(want, rel=1e-9)
-    only = fid.evaluate("fake.npz", "only.npz", "digits")
-    assert only["fid"] == pytest.approx(want["fid"]) and math.isnan(only["precision"])
+        assert fid.evaluate("fake.npz", name, "classifier") == pytest.approx(want, rel=1e-9)
+    only = fid.evaluate("fake.npz", "only.npz", "classifier")
+    assert only["fd"] == pytest.approx(want["fd"]) and math.isnan(only["precision"])
     assert "the order is SAMPLES REFERENCE" in error(fid.main, "adm.npz", "fake.npz")
 
 
@@ -2012,7 +2076,7 @@ BAD = {
     "broken broken": "b.png",
     "truncated.npz digits": "truncated.npz",
     "good.npz part.npz": "mu_s",
-    "good.npz color.npz": "digits features",
+    "good.npz color.npz": "classifier features",
     "color.npz digits": "inception features",
     "good.npz large.npz digits": "large.npz",
     "digits good.npz": "digits: real images; the order is SAMPLES REFERENCE",
@@ -2049,7 +2113,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
 
     def refused(says):
         tracemalloc.start()
-        assert says in error(lambda: fid.evaluate(x, tmp_path / "bomb.npz", "digits"))
+        assert says in error(lambda: fid.evaluate(x, tmp_path / "bomb.npz", "classifier"))
         assert tracemalloc.get_traced_memory()[1] < 20e6
         tracemalloc.stop()
     for key, array in (("mu", bomb), ("sigma", bomb), ("pool", bomb.reshape(-1, 64))):

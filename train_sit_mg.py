@@ -195,7 +195,7 @@ def train(args, data, rank, world, device):
     reference = None
     if args.eval_samples:
         reference = fid.load_reference(
-            args.reference or args.data, "digits" if data.kind == "digits" else "inception",
+            args.reference or args.data, "classifier" if data.kind == "digits" else "inception",
             size=data.size, weights=args.weights)
     net = torch.compile(model) if args.compile else model
     average = torch.compile(ema) if args.compile else ema
@@ -223,8 +223,11 @@ def train(args, data, rank, world, device):
         return 1 if args.w_range else 1 + (w_now - 1) * min(1, max(0, ramp))
 
     stop = torch.tensor(0)  # the number of a signal that arrived
-    listen(lambda number, _: stop.fill_(number))
-    bar = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0)
+
+    def note(number, _):
+        stop.fill_(number)
+    runtime.listen(note)
+    bar = tqdm(initial=step, total=args.steps, unit="step", disable=None if rank == 0 else True)
     clock = time.perf_counter()
     since = step
     while True:
@@ -245,27 +248,36 @@ def train(args, data, rank, world, device):
                             "images_per_s": round(speed, 1),
                             "w": "" if args.w_range else scale(step - 1)})
                 losses = losses[:0]
-                bar.set_postfix_str(f"loss {log[-1]['loss']:.4f}, {speed:.0f} images/s")
+                figures = f"loss {log[-1]['loss']:.4f}, {speed:.0f} images/s"
+                bar.set_postfix_str(figures)
                 if rank == 0:
                     checkpoints.save_log(log, out / "log.csv")
+                    if bar.disable:  # there is no terminal
+                        print(f"step {step} of {args.steps}: {figures}", flush=True)
             if saving or stopped and step > start:
                 save()
             if stopped:
                 bar.close()
-                if rank == 0:
+                if rank == 0 and step:
                     print(f"step {step} is saved in {out}; run the same command to resume")
                 raise SystemExit(128 + stopped)
             if due:
-                listen(signal.SIG_DFL)  # all is saved: here signals end the process at once
+                runtime.listen(signal.default_int_handler)  # ends an evaluation, which stays due
                 run = [args, ema, data, vae, reference, step, w_now]
-                rival = next((row["fid"] for row in reversed(log) if "fid" in row), math.inf)
-                if args.w == "auto" and not last:
-                    rival = evaluate(*run, cfg=AUTO_CFG)["fid"]
-                scores = evaluate(*run)
+                try:
+                    tried = evaluate(*run, cfg=AUTO_CFG) if args.w == "auto" and not last else {}
+                    scores = evaluate(*run)
+                except KeyboardInterrupt:
+                    if not saving:
+                        save()
+                    raise
+                distance = "fd" if "fd" in scores else "fid"
                 if auto and not last:
-                    # Raise w if the competitor's FID is lower, else lower it. auto: the same
-                    # network with CFG on top; auto-paper: the last evaluation's (Sec. 3.3).
-                    goal = AUTO_MAX if rival < scores["fid"] else 1
+                    # Raise w if the competitor's distance is lower, else lower it. auto: the same
+                    # network with CFG on top; auto-paper: the last evaluation (Sec. 3.3).
+                    earlier = [row[distance] for row in log if distance in row]
+                    competitor = tried or {distance: earlier[-1] if earlier else math.inf}
+                    goal = AUTO_MAX if competitor[distance] < scores[distance] else 1
                     w_now += AUTO_RATE * (goal - w_now)
                 log[-1] |= scores
                 scored = step
@@ -277,7 +289,7 @@ def train(args, data, rank, world, device):
                     if scores:
                         figures = [f"{key} {value:.3f}" for key, value in scores.items()]
                         tqdm.write(f"step {step}: {', '.join(figures)}")
-                listen(lambda number, _: stop.fill_(number))
+                runtime.listen(note)
             clock = time.perf_counter()
             since = step
         if last:
@@ -335,11 +347,6 @@ def evaluate(args, ema, data, vae, reference, step, w, cfg=1.0):
     return fid.evaluate(path, reference) if args.eval_samples else {}
 
 
-def listen(handler):
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, handler)
-
-
 # ---------------------------------------------------------------- flags
 
 PRESETS = {  # by the kind of --data
@@ -378,7 +385,7 @@ def parse_args(argv):
     p = runtime.command_line("\n".join([__doc__, *rows]))
     add = p.add_argument_group("guidance").add_argument
     add("--w", type=scale, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w); auto: raise w "
-        "when extra CFG lowers FID, auto-paper: when FID rose since the last evaluation [1.5]")
+        "when CFG on top lowers FID or FD, auto-paper: when it rose since the last time [1.5]")
     add("--w-range", type=number("[1, inf)"), nargs=2, metavar=("LO", "HI"),
         help="in place of --w: a scale-aware network, sampled with --w (Eq. 21) [off]")
     add("--drop", type=number("[0, 1)"), help="label dropout probability [0.1]")
@@ -477,7 +484,8 @@ def describe(args, data):
 def main(argv=None):
     args, data = parse_args(argv)
     rank, world, device = runtime.setup()
-    with runtime.locked(args.out) if rank == 0 else contextlib.nullcontext():
+    lock = runtime.locked(args.out) if rank == 0 else contextlib.nullcontext()
+    with lock, runtime.handlers_kept():
         train(args, data, rank, world, device)
 
 

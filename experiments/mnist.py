@@ -91,11 +91,12 @@ def score(files):
     network = net(prepared.images, prepared.labels)
     real = fid.Images(PREPARED, real=True)
     stats, _, _ = fid.statistics(network, real, batch=500, keep=real.count)
-    reference = SimpleNamespace(name="MNIST", net=network, stats=stats, shape=real.shape)
-    print("| samples | FID | accuracy | precision | recall |\n|---|---|---|---|---|")
+    reference = SimpleNamespace(name="MNIST", features="classifier", net=network, stats=stats,
+                                shape=real.shape)
+    print("| samples | FD | accuracy | precision | recall |\n|---|---|---|---|---|")
     for file in files:
         s = fid.evaluate(file, reference, batch=500)
-        print(f"| {file} | {s['fid']:.2f} | {s['accuracy']:.3f} | {s['precision']:.3f} | "
+        print(f"| {file} | {s['fd']:.2f} | {s['accuracy']:.3f} | {s['precision']:.3f} | "
               f"{s['recall']:.3f} |", flush=True)
     firsts = np.concatenate([np.load(file)["arr_0"][:20] for file in files])
     save_grid(firsts, ROOT / "out" / "mnist-ways.png", 20)  # a row for each file

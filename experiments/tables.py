@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "out" / "experiments"
 LINES = {  # of the figure: runs, and what a step costs in plain ones (bench.py)
     "plain": ("curve-plain", 1), "MG, EMA teacher": ("curve-ema", 1.61),
-    "MG, online teacher": ("curve-online", 1.29), "MG, online, P 1/4": ("curve-quarter", 1.11)}
+    "MG, online teacher": ("curve-online", 1.29),
+    "MG, online, a quarter guided": ("curve-quarter", 1.11)}
 
 
 def scores():
@@ -45,10 +46,10 @@ def main(prefixes):
             rows = [seeds[seed][step] for seed in sorted(seeds) if step in seeds[seed]]
             if len(rows) < len(seeds):
                 continue
-            fids, accuracies, recalls = ([float(row[key]) for row in rows]
-                                         for key in ("fid", "accuracy", "recall"))
-            by_seed = " ".join(f"{value:.1f}" for value in fids)
-            print(f"| {name} | {step or ''} | {mean(fids):.1f} | {by_seed} | "
+            distances, accuracies, recalls = ([float(row[key]) for row in rows]
+                                         for key in ("fd", "accuracy", "recall"))
+            by_seed = " ".join(f"{value:.1f}" for value in distances)
+            print(f"| {name} | {step or ''} | {mean(distances):.1f} | {by_seed} | "
                   f"{mean(accuracies):.3f} | {mean(recalls):.2f} |")
 
 
@@ -62,23 +63,23 @@ def price(path):
     for label, (name, cost) in LINES.items():
         steps = sorted(set.intersection(*(set(rows) for rows in found[name].values())))
         steps = [step for step in steps if step * cost < 2500]
-        fids = [[float(rows[step]["fid"]) for rows in found[name].values()] for step in steps]
-        axis.plot([step * cost for step in steps], [mean(f) for f in fids], ".-", label=label)
-        axis.fill_between([step * cost for step in steps], [min(f) for f in fids],
-                          [max(f) for f in fids], alpha=0.2)
-        table[label] = {round(step * cost, -2): (step, f) for step, f in zip(steps, fids)}
-    cfg = {steps: (steps, [float(rows[0]["fid"]) for rows in found[f"plain{steps}-cfg2"].values()])
+        distances = [[float(rows[step]["fd"]) for rows in found[name].values()] for step in steps]
+        axis.plot([step * cost for step in steps], [mean(f) for f in distances], ".-", label=label)
+        axis.fill_between([step * cost for step in steps], [min(f) for f in distances],
+                          [max(f) for f in distances], alpha=0.2)
+        table[label] = {round(step * cost, -2): (step, f) for step, f in zip(steps, distances)}
+    cfg = {steps: (steps, [float(rows[0]["fd"]) for rows in found[f"plain{steps}-cfg2"].values()])
            for steps in (400, 800, 1600)}
     axis.plot(cfg.keys(), [mean(f) for _, f in cfg.values()], "x--", color="gray",
               label="plain + CFG 2 (two passes)")
-    axis.set(xlabel="cost of training, in plain steps", ylabel="Fréchet distance", yscale="log")
+    axis.set(xlabel="cost of training, in plain steps", ylabel="FD", yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     print("| | 400 | 800 | 1600 |\n|---|---|---|---|")
     for label, points in {**table, "plain + CFG 2": cfg}.items():
-        cells = [f"{mean(fids):.1f} ({', '.join(f'{x:.1f}' for x in fids)}), {step} steps"
-                 for step, fids in (points[price] for price in (400, 800, 1600))]
+        cells = [f"{mean(distances):.1f} ({', '.join(f'{x:.1f}' for x in distances)}), {step} steps"
+                 for step, distances in (points[price] for price in (400, 800, 1600))]
         print(f"| {label} | {' | '.join(cells)} |")
 
 
