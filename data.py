@@ -77,9 +77,12 @@ class Data:
     def index(self, seed, step, batch):
         """The images of a step, (batch,) int64: each once an epoch, in an order drawn for it."""
         n = len(self)
-        i = torch.arange(step * batch, (step + 1) * batch)
-        epochs = range(int(i[0]) // n, int(i[-1]) // n + 1)
-        return torch.cat([epoch_order(seed, epoch, n)[i[i // n == epoch] % n] for epoch in epochs])
+        place = torch.arange(step * batch, (step + 1) * batch)  # in all epochs, one after another
+        parts = []
+        for epoch in (place // n).unique().tolist():
+            rows = place[place // n == epoch] % n
+            parts.append(epoch_order(seed, epoch, n)[rows])
+        return torch.cat(parts)
 
     def get(self, index, flip=None, posterior=None):
         """A batch: index (N,) int64, flip (N,) bool, posterior (N, C, H, W) normal draws.

@@ -515,7 +515,9 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
         stats = read_statistics(file, headers, shapes)
     if "shape" in stats:
         shape = tuple(stats["shape"].tolist())
-    if not stats or "arr_0" in headers and "pool" not in headers:
+    # ADM's files have statistics and images: precision and recall need the latter's features.
+    unread_images = "arr_0" in headers and "pool" not in headers
+    if not stats or unread_images:
         images = Images(reference, real=True, size=size)
         shape = images.shape
     if shape and (size not in (None, shape[0]) or digits != (shape == DIGIT)):

@@ -276,7 +276,7 @@ def parse_args(argv):
            help="classes to draw, by name or number; in a .png a row each [.png: 0 to 9]")
     either("--class-labels", choices=["balanced", "random"],
            help="instead: all classes in turn, or drawn from --seed [.npz: balanced]")
-    add("--num-samples", type=positive, metavar="N", help="images in all [8 a label]")
+    add("--num-samples", type=positive, metavar="N", help="number of images [8 per label]")
     add("--sampler", choices=SAMPLERS, metavar="NAME",
         help="SiT: euler-maruyama, euler or heun; DiT: ddpm or ddim [the first]")
     add("--steps", type=positive, default=250, metavar="N",

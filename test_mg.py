@@ -1,6 +1,5 @@
 """`pytest test_mg.py`: everything on the CPU, nothing is downloaded."""
 import argparse
-import copy
 import csv
 import io
 import itertools
@@ -170,6 +169,7 @@ def tiny_vae(folder):
 def test_parameters_and_gflops_are_the_published_ones(capsys, monkeypatch):
     """DiT's Table 4 and the paper's Fig. 6, within 1 %."""
     monkeypatch.setattr(sys, "argv", ["models.py"])
+    monkeypatch.setattr(models, "NAMES", [name for name in models.NAMES if name.endswith("/2")])
     models.main()
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "iT-" in line]
     found = {row[1].strip(): (float(row[2]), float(row[3])) for row in rows}
@@ -826,10 +826,12 @@ def draw(ckpt, out, *flags):
 def test_samples_are_the_same_for_1_2_and_4_processes(checkpoint, tmp_path):
     """And for any batch size, as each image has a seed of its own."""
     flags = "--num-samples", 22, "--batch", 4, "--class-labels", "random", "--seed", 3
-    for world in 1, 2, 4:
+
+    def drawn(world):
         out = tmp_path / f"{world}.npz"
-        fork(lambda _, out=out: draw(checkpoint, out, *flags), world)
-    files = [np.load(tmp_path / f"{world}.npz") for world in (1, 2, 4)]
+        fork(lambda _: draw(checkpoint, out, *flags), world)
+        return np.load(out)
+    files = [drawn(world) for world in (1, 2, 4)]
     images = files[0]["arr_0"]
     labels = files[0]["labels"]
     assert images.shape == (22, 8, 8, 1) and images.dtype == np.uint8
@@ -926,8 +928,9 @@ def test_bad_checkpoints(checkpoint, tmp_path):
                        ("lacking", "blocks.2.mlp.fc1.bias"),
                        ("folder", "DiTPipeline"), ("nano", "not a whole checkpoint"),
                        ("numbers", "not a checkpoint")):
-        line = error(lambda path=tmp_path / f"{name}.pt": load_checkpoint(path))
-        assert says in line and f"{name}.pt" in line
+        with pytest.raises(UserError) as e:
+            load_checkpoint(tmp_path / f"{name}.pt")
+        assert says in str(e.value) and f"{name}.pt" in str(e.value)
     assert not Path(os.environ["TORCH_HOME"], "evil").exists()
 
 
@@ -1092,12 +1095,15 @@ def test_prepared_latents_are_what_encode_gives(tmp_path):
     fork(killed, status=-signal.SIGKILL)
     assert "not complete" in error(lambda: data.Data(tmp_path / "killed"))
     prepare(folder, tmp_path / "killed", *flags)
-    for number in 1, 2, 3:
-        def killed_early(_, number=number):
+
+    def killed_early(number):
+        def dying(_):
             os.replace = before(os.replace, number, lambda *_: kill())
             prepare(folder, tmp_path / f"early{number}", *flags)
-        fork(killed_early, status=-signal.SIGKILL)
+        fork(dying, status=-signal.SIGKILL)
         prepare(folder, tmp_path / f"early{number}", *flags)
+    for number in 1, 2, 3:
+        killed_early(number)
     fork(lambda _: prepare(folder, tmp_path / "two", *flags[:2]), 2)
     for name in "killed", "early1", "early2", "early3", "two":
         assert sorted(os.listdir(tmp_path / name)) == [runtime.LOCK, "data.json", "x.npy"]
@@ -1272,13 +1278,16 @@ def test_a_full_disk_or_a_broken_file_leaves_the_checkpoint_before(whole, tmp_pa
     os.truncate(tmp_path / "ckpt.pt", 1000)
     same(train("SiT", tmp_path, "--steps", 9), whole)
     assert "truncated" in capsys.readouterr().out
-    for number in 1, 2:  # killed while the broken one is replaced
-        def killed(_, number=number):
+
+    def killed(number):  # while the broken one is replaced
+        def dying(_):
             os.replace = before(os.replace, number, lambda *_: kill())
             train("SiT", tmp_path, "--steps", 9)
         os.truncate(tmp_path / "ckpt.pt", 1000)
-        fork(killed, status=-signal.SIGKILL)
+        fork(dying, status=-signal.SIGKILL)
         same(train("SiT", tmp_path, "--steps", 9), whole)
+    for number in 1, 2:
+        killed(number)
     for name in "ckpt.pt", "ckpt-prev.pt":
         os.truncate(tmp_path / name, 1000)
     line = error(lambda: train("SiT", tmp_path, "--steps", 9))
@@ -1293,10 +1302,12 @@ def test_processes_and_accumulation_change_rounding_alone(kind, flags, tmp_path)
     run = train(kind, tmp_path / "1", *flags)
     for accum in 2, 4:
         same(train(kind, tmp_path / f"a{accum}", *flags, "--accum", accum), run, 1e-4, 1e-4)
+
+    def shared(world):
+        fork(lambda _: train(kind, tmp_path / f"p{world}", *flags), world)
+        return load(tmp_path / f"p{world}")
     for world in 2, 4:
-        out = tmp_path / f"p{world}"
-        fork(lambda _, out=out: train(kind, out, *flags), world)
-        same(load(out), run, 1e-4, 1e-4)
+        same(shared(world), run, 1e-4, 1e-4)
 
 
 def test_under_torchrun(tmp_path):
@@ -1332,7 +1343,7 @@ def test_a_step_that_a_signal_saved_can_become_the_last(tmp_path):
     assert (tmp_path / "samples.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("number", runtime.SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_ends(number, tmp_path):
     """Also with --save-every 0, and twice at once."""
     def twice(*_):
@@ -1474,9 +1485,12 @@ def test_init(tmp_path, capsys):
     run, said = initialized("a", model)
     for name in "model", "ema":
         same(run[name], model.state_dict(), atol=1e-6)
-    assert run["log"][0]["w"] == pytest.approx(1 + 0.5 / 1000) and "empty class" not in said
-    line = error(lambda: train("SiT", tmp_path / "a", "--steps", 4, "--lr", 1e-12))
-    assert "with ramp 1000, not 0" in line
+    assert "empty class" not in said
+    flags = "--log-every", 1, "--lr", 1e-12
+    run, _ = initialized("ramp", model, "--steps", 8, *flags)
+    w = [1.25, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5]  # risen after a quarter of the steps
+    assert [row["w"] for row in run["log"]] == w and run["ramp"] == 2
+    assert train("SiT", tmp_path / "ramp", "--steps", 12, *flags)["ramp"] == 2
     run, said = initialized("b", five)
     same(run["model"][key], five.state_dict()[key], atol=1e-6)
     assert "5 classes, not 10" in said
@@ -1565,8 +1579,7 @@ def test_what_a_run_says_first():
     for flags, words in (("--batch 32", "--batch 32"), ("--w 1.75", "CFG at 4.00"),
                          ("--num-labels 9", "CFG at 2.25"),  # 1 / (1 - 0.5 * 10/9)
                          ("--w 2", "from w 2 on"), ("--w 1.95 --num-labels 2", "from w 1.9 on"),
-                         ("--w 0.9", "warning"), ("--drop 0", "warning"),
-                         ("--ema 0.9999", "warning")):
+                         ("--w 0.9", "warning"), ("--drop 0", "warning")):
         assert words in said(*flags.split())
 
 
@@ -1580,22 +1593,34 @@ def spied(monkeypatch, out, *flags):
     return seen
 
 
+def drawn(kind, step, *flags, w=1.5):
+    """What draw() gives for a batch of 4,000: (index, flip, guided, draws)."""
+    args, digits = SCRIPTS[kind].parse_args(["--batch", "4000", *map(str, flags)])
+    return SCRIPTS[kind].draw(args, digits, step, w)
+
+
 def test_draws_are_functions_of_seed_and_step(tmp_path, monkeypatch):
-    flags = "--steps", 2, "--batch", 2000, "--guide-share", 0.25, "--num-labels", 4
-    first, other = (spied(monkeypatch, tmp_path / str(seed), *flags, "--seed", seed)
+    flags = "--guide-share", 0.25, "--num-labels", 4
+    first, other = (spied(monkeypatch, tmp_path / str(seed), *flags, "--steps", 2, "--seed", seed)
                     for seed in (0, 1))
     steps = [{"x0": args[2], **draws} for args, draws in first + other]
-    for name in "x0", "t", "noise", "guide", "others":
+    for name in "x0", "t", "noise", "others":
         for a, b in itertools.combinations(steps, 2):
             assert not torch.equal(a[name], b[name])
-    draws = steps[0]
-    y = first[0][0][3]
-    assert draws["share"] == 0.25 and len(draws["guide"]) / 2000 == pytest.approx(0.25, abs=0.03)
-    assert draws["t"].mean() == pytest.approx(0.5, abs=0.02) and draws["noise"].std() > 0.99
+    assert steps[0]["share"] == 0.25 and steps[0]["noise"].std() == pytest.approx(1, abs=0.1)
+    index, flip, guided, draws = drawn("SiT", 0, *flags)
+    for a, b in zip(drawn("SiT", 0, *flags)[:3], (index, flip, guided), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(drawn("SiT", 1, *flags)[2], guided)
+    assert not torch.equal(drawn("SiT", 0, *flags, "--seed", 1)[2], guided)
+    assert guided.float().mean() == pytest.approx(0.25, abs=0.03)
+    assert flip.float().mean() == pytest.approx(0.5, abs=0.03)
+    assert draws["t"].mean() == pytest.approx(0.5, abs=0.02)
+    y = torch.from_numpy(data.digits()[1])[index]
     labels = torch.cat([y[:, None], draws["others"]], 1).sort(1).values
     assert (labels.diff() > 0).all() and labels.min() == 0 and labels.max() == 9
     counts = draws["others"].flatten().bincount()
-    assert counts.min() > 700 and counts.max() < 900  # 2000 * 4 / 10
+    assert counts.min() > 1450 and counts.max() < 1750  # 4000 * 4 / 10
     for script, high in (train_sit_mg, 1), (train_dit_mg, 999):
         t = script.draw_t(100_000, torch.Generator().manual_seed(0)).double()
         assert t.min() >= 0 and t.max() <= high and t.mean() == pytest.approx(high / 2, rel=0.01)
@@ -1604,13 +1629,10 @@ def test_draws_are_functions_of_seed_and_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["SiT", "DiT"])
 def test_draw_guides_whom_it_should(kind):
     """Not the dropped, not the noisiest, not those at scale 1; and a share of the others."""
-    script = SCRIPTS[kind]
-    flags = ["--batch", "4000", "--t-max", "0.6", "--drop", "0.3"]
-    for more, w, share in (([], 1.5, 1), (["--guide-share", "0.25"], 1.5, 0.25), ([], 1, 0),
-                           (["--w-range", "2", "3"], 1, 0.2 / 0.7)):
-        args, digits = script.parse_args([*flags, *more])
-        _, _, guided, draws = script.draw(args, digits, 5, w)
-        able = ~draws["dropped"] & (draws["t"] / script.T_NOISE <= 0.6)
+    for more, w, share in (([], 1.5, 1), (["--guide-share", 0.25], 1.5, 0.25), ([], 1, 0),
+                           (["--w-range", 2, 3], 1, 0.2 / 0.7)):
+        _, _, guided, draws = drawn(kind, 5, "--t-max", 0.6, "--drop", 0.3, *more, w=w)
+        able = ~draws["dropped"] & (draws["t"] / SCRIPTS[kind].T_NOISE <= 0.6)
         assert not (guided & ~able).any() and not (guided & (draws["w"] == 1)).any()
         assert able.float().mean() == pytest.approx(0.7 * 0.6, abs=0.03)
         assert guided.sum() / able.sum() == pytest.approx(share, abs=0.03)
@@ -1640,24 +1662,27 @@ def test_prepared_pixels_and_their_mirroring(tmp_path, monkeypatch):
     assert [row["w"] for row in load(tmp_path)["log"]] == [1.0, 1.5, 1.5, 1.5]
 
 
-def test_scale_aware_draws(tmp_path, monkeypatch):
+def test_scale_aware_draws():
     """20 % of a batch draw a scale, a tenth is dropped, the rest is at 1 (the authors)."""
-    seen = spied(monkeypatch, tmp_path, "--w-range", 1.5, 3, "--steps", 2, "--batch", 4000)
-    w = torch.cat([draws["w"] for _, draws in seen])
-    dropped = torch.cat([draws["dropped"] for _, draws in seen])
-    drawn = (w != 1) & ~dropped
-    assert drawn.float().mean() == pytest.approx(0.2, abs=0.02)
+    steps = [drawn("SiT", step, "--w-range", 1.5, 3) for step in (0, 1)]
+    w = torch.cat([draws["w"] for _, _, _, draws in steps])
+    dropped = torch.cat([draws["dropped"] for _, _, _, draws in steps])
+    scaled = (w != 1) & ~dropped
+    assert scaled.float().mean() == pytest.approx(0.2, abs=0.02)
     assert dropped.float().mean() == pytest.approx(0.1, abs=0.02)
-    assert 1.5 <= w[drawn].min() < 1.52 and 2.98 < w[drawn].max() <= 3
-    assert len(set(w[drawn].tolist())) > 1000  # other ones in each step
+    assert 1.5 <= w[scaled].min() < 1.52 and 2.98 < w[scaled].max() <= 3
+    assert len(set(w[scaled].tolist())) > 1000  # other ones in each step
 
 
 def test_the_average_follows_the_weights(tmp_path):
-    run = train("SiT", tmp_path, "--steps", 1, "--ema", 0.9)
+    """Its decay at step n is the smaller of --ema and (1 + n) / (10 + n)."""
     torch.manual_seed(0)
     first = create_model("SiT-T/2", input_size=8, in_channels=1, num_classes=10).state_dict()
-    want = {key: x + 0.1 * (run["model"][key] - x) for key, x in first.items()}
-    same(dict(run["ema"]), want, 1e-4, 1e-7)
+    average = dict(first)
+    for step, decay in enumerate([1 / 10, 2 / 11, 0.25, 0.25]):  # 3/12 and 4/13, or --ema
+        run = train("SiT", tmp_path, "--steps", step + 1, "--ema", 0.25)
+        average = {key: torch.lerp(x, run["model"][key], 1 - decay) for key, x in average.items()}
+        same(dict(run["ema"]), average, 1e-4, 1e-7)
     for weights in "ema", "model":
         loaded, _ = load_checkpoint(tmp_path / "ckpt.pt", weights=weights)
         same(loaded.state_dict(), run[weights])
@@ -1717,7 +1742,7 @@ def test_toy_train(monkeypatch):
     assert torch.equal(first, again) and not torch.equal(first, other)
     start, one, half = (list(toy_mg.train(1, steps, ema=ema).parameters())
                         for steps, ema in ((0, 0), (1, 0), (1, 0.75)))
-    want = [a + 0.25 * (b - a) for a, b in zip(start, one, strict=True)]
+    want = [a + 0.9 * (b - a) for a, b in zip(start, one, strict=True)]  # 1/10, the warm-up's
     torch.testing.assert_close(half, want)
     seen = []
     loss = toy_mg.mg_loss
@@ -2170,16 +2195,48 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, inception_file, capsys)
     assert {"samples.npz", "grid.png", "animals.png", "dit-mg", "fig2.png"} <= set(os.listdir("."))
 
 
-def test_the_readmes_code_runs():
-    """The loop of one's own: it is a step of mg_loss, and the average moves."""
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+def readme_code(number, **scope):
+    """Runs one of the README's blocks of Python in this scope -> the scope after it."""
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
+    scope = {"torch": torch, **scope}
+    exec(code, scope)  # noqa: S102
+    return scope
+
+
+def test_the_readmes_target_is_mg_losss():
+    """The dense form that anyone can paste, and the sampler beside it."""
+    torch.manual_seed(0)
+    model = random_model()
+    ema = random_model(seed=1)
+    scope = {"model": model, "teacher": ema, "x0": torch.randn(60, 1, 8, 8), "w": 1.7, "steps": 4,
+             "y": torch.randint(10, (60,)), "num_classes": 10}
+    got = readme_code(0, **scope)
+    draws = {key: got[key] for key in ("noise", "dropped")}
+    assert 0 < draws["dropped"].sum() < 60
+    want = train_sit_mg.mg_loss(model, ema, scope["x0"], scope["y"], 1.7, t=got["t"].flatten(),
+                                null=10, **draws)
+    torch.testing.assert_close(got["loss"], want.mean())
+    torch.manual_seed(3)
+    got = readme_code(1, **scope)["x"]
+    torch.manual_seed(3)
+    net = sample.guided(model, scope["y"])
+    torch.testing.assert_close(got, SAMPLERS["euler"](net, torch.randn(60, 1, 8, 8), 4),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_the_readmes_loop_trains():
+    """The loop of one's own: steps of mg_loss, and an average that follows with a warm-up."""
     model = random_model()
     b = batch()
-    before = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    scope = {"copy": copy, "torch": torch, "model": model, "optimizer": optimizer, **b}
-    exec(code, scope)  # noqa: S102
-    assert scope["loss"].isfinite()
-    for a, p, q in zip(scope["ema"].parameters(), model.parameters(), before.parameters(),
-                       strict=True):
-        torch.testing.assert_close(a, q + 1e-4 * (p - q), rtol=1e-4, atol=1e-7)
+    want = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    weights = []
+
+    def remember(*_):
+        weights.append([p.detach().clone() for p in model.parameters()])
+    optimizer.register_step_post_hook(remember)
+    scope = readme_code(2, model=model, optimizer=optimizer, steps=2, num_classes=10, **b)
+    assert scope["loss"].isfinite() and not torch.equal(weights[0][0], weights[1][0])
+    for decay, new in zip((1 / 10, 2 / 11), weights, strict=True):
+        want = [torch.lerp(p, q, 1 - decay) for p, q in zip(want, new, strict=True)]
+    torch.testing.assert_close(list(scope["ema"].parameters()), want)

@@ -82,7 +82,7 @@ def train(w, steps, *, teacher="ema", share=1.0, ema=0.995, batch=256, drop=0.1,
     average = copy.deepcopy(network).eval().requires_grad_(False)
     guiding = {"ema": average, "online": network}[teacher]
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    for _ in range(steps):
+    for step in range(steps):
         x0, y = board(batch)
         t = torch.rand(batch)
         noise = torch.randn(batch, 2)
@@ -93,9 +93,10 @@ def train(w, steps, *, teacher="ema", share=1.0, ema=0.995, batch=256, drop=0.1,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay = min(ema, (1 + step) / (10 + step))                         # warm-up
         with torch.no_grad():
             for mean, weight in zip(average.parameters(), network.parameters()):
-                mean.lerp_(weight, 1 - ema)
+                mean.lerp_(weight, 1 - decay)
     return average
 
 

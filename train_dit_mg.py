@@ -36,7 +36,7 @@ from sample import balanced, save_classes, write_samples
 # ================================================ DiT's own
 KIND = "DiT"
 T_NOISE = 1000  # the time of pure noise
-DIGITS_STEPS = 1600
+DIGITS_STEPS = 1000
 
 
 def draw_t(n, generator):
@@ -102,7 +102,7 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null, guide=None, sh
     if guide is not None and guide.dtype == torch.bool:
         raise ValueError("guide is a mask; give the indices of its samples, guide.nonzero()[:, 0]")
     C = x0.shape[1]
-    per_sample = [-1] + [1] * (x0.ndim - 1)  # the shape in which a number a sample multiplies x0
+    per_sample = [-1] + [1] * (x0.ndim - 1)  # views (N,) as (N, 1, ..., 1), to multiply x0
 
     # ============================================ DiT's own
     # 1. corrupt: x_t and the plain target, (N, ...) each
@@ -148,7 +148,7 @@ AUTO_CFG = 1.1      # --w auto: the guidance on top that is tried,
 AUTO_RATE = 0.1     # how fast w moves,
 AUTO_MAX = 1.9      # and how far
 SCALED_SHARE = 0.2  # --w-range: this share of all samples draws a scale, the rest is at 1 (authors)
-RAMP = 1000         # --init: steps over which w ramps up
+RAMP = 1000         # --init: w ramps up over so many steps, or a quarter of the run
 
 
 def draw(args, data, step, w):
@@ -175,8 +175,8 @@ def draw(args, data, step, w):
     if args.w_range:
         low, high = args.w_range
         scaled = torch.rand(n, generator=cpu) < SCALED_SHARE / (1 - args.drop)  # if not dropped
-        scale = low + (high - low) * torch.rand(n, generator=cpu)
-        draws["w"] = torch.where(scaled, scale, 1.0)
+        drawn = low + (high - low) * torch.rand(n, generator=cpu)
+        draws["w"] = torch.where(scaled, drawn, 1.0)
     guided = chosen & ~dropped & (t <= args.t_max * T_NOISE) & (draws["w"] != 1)
     return index, flip, guided, draws
 
@@ -194,7 +194,7 @@ def train(args, data, rank, world, device):
              "num_classes": len(data.classes), "scale_aware": args.w_range is not None}
     free = FREE if auto else FREE + EVALUATION
     config = {key: value for key, value in vars(args).items() if key not in free} | shape | {
-        "data": data.identity, "vae": data.vae, "ramp": RAMP if args.init else 0}
+        "data": data.identity, "vae": data.vae}
     saved, notes = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
     torch.manual_seed(args.seed)
     if args.init and not saved:
@@ -212,6 +212,7 @@ def train(args, data, rank, world, device):
     w_now = 1.0 if auto else args.w        # --w auto moves it
     log = []                               # the rows of log.csv
     losses = torch.zeros(0)                # of the steps since the last row
+    ramp = min(RAMP, args.steps // 4) if args.init else 0
     if saved:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
@@ -221,6 +222,7 @@ def train(args, data, rank, world, device):
         w_now = saved["w"]
         log = saved["log"]
         losses = saved["losses"]
+        ramp = saved["ramp"]
         del saved
     losses = losses.to(device)
     start = step
@@ -238,7 +240,7 @@ def train(args, data, rank, world, device):
     average = torch.compile(ema) if args.compile else ema
     teacher = net if args.teacher == "online" else average
     if world > 1:
-        net = DistributedDataParallel(net, broadcast_buffers=False)
+        net = DistributedDataParallel(net, broadcast_buffers=False)  # the only one is constant
     weights = [p.detach() for p in model.parameters()]
     ema_weights = list(ema.parameters())
     if rank == 0:
@@ -248,16 +250,17 @@ def train(args, data, rank, world, device):
         if rank == 0:
             checkpoints.save_checkpoint(out / "ckpt.pt", {
                 "config": config, "classes": data.classes, "step": step, "scored": scored,
-                "w": w_now, "log": log, "losses": losses, "model": model.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+                "w": w_now, "ramp": ramp, "log": log, "losses": losses,
+                "model": model.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict()})
 
     def every(n):
         return n and step % n == 0
 
     def scale(step):
         """The w of a step: 1, plain training, before --start-step; after --init it ramps up."""
-        ramp = (step + 1 - args.start_step) / max(1, config["ramp"])
-        return 1 if args.w_range else 1 + (w_now - 1) * min(1, max(0, ramp))
+        risen = (step + 1 - args.start_step) / max(1, ramp)
+        return 1 if args.w_range else 1 + (w_now - 1) * min(1, max(0, risen))
 
     stop = torch.tensor(0)  # the number of a signal that arrived
 
@@ -272,7 +275,7 @@ def train(args, data, rank, world, device):
         stopped = runtime.reduce(stop.clone(), dist.ReduceOp.MAX).item()  # on the CPU: no GPU waits
         last = step == args.steps
         due = step > scored and (last or every(args.eval_every))
-        saving = step > start and (last or args.save_every and (due or every(args.save_every)))
+        saving = step > start and (last or every(args.save_every) or due and args.save_every)
         logging = len(losses) and (due or saving or every(args.log_every))
         if due or saving or logging or stopped:
             losses = runtime.reduce(losses) / world
@@ -285,12 +288,12 @@ def train(args, data, rank, world, device):
                             "images_per_s": round(speed, 1),
                             "w": "" if args.w_range else scale(step - 1)})
                 losses = losses[:0]
-                figures = f"loss {log[-1]['loss']:.4f}, {speed:.0f} images/s"
-                bar.set_postfix_str(figures)
+                line = f"loss {log[-1]['loss']:.4f}, {speed:.0f} images/s"
+                bar.set_postfix_str(line)
                 if rank == 0:
                     checkpoints.save_log(log, out / "log.csv")
                     if bar.disable:  # there is no terminal
-                        print(f"step {step} of {args.steps}: {figures}", flush=True)
+                        print(f"step {step} of {args.steps}: {line}", flush=True)
             if saving or stopped and step > start:
                 save()
             if stopped:
@@ -356,7 +359,9 @@ def train(args, data, rank, world, device):
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
+        # With this warm-up the average soon forgets the weights that it starts from.
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(ema_weights, weights, 1 - decay)
         step += 1
         bar.update()
     bar.close()
@@ -390,7 +395,7 @@ PRESETS = {  # by the kind of --data
     "digits": {  # scikit-learn's 8x8 scans, on a laptop
         "model": f"{KIND}-T/2", "batch": 64, "lr": 4e-3, "ema": 0.995, "steps": DIGITS_STEPS,
         "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "eval_batch": 500,
-        "save_every": 400, "log_every": 50},
+        "save_every": 200, "log_every": 50},
     "pixels": {  # small images of your own
         "model": f"{KIND}-T/2", "batch": 32, "lr": 2e-3, "ema": 0.999, "steps": 8000,
         "eval_every": 0, "eval_samples": 2000, "eval_steps": 50, "eval_batch": 50,
@@ -440,13 +445,14 @@ def parse_args(argv):
     add("--data", default="digits", help="digits, or a folder made by data.py [%(default)s]")
     add("--model", help=f"{KIND}-{{T,S,B,L,XL}}/{{2,4,8}} [preset]")
     add("--init", metavar="CKPT",
-        help=f"start from these weights; w then ramps up over {RAMP} steps [random]")
+        help=f"start from these weights; w ramps up over --steps / 4, at most {RAMP} [random]")
     add("--steps", type=positive, metavar="N", help="training steps in all [preset]")
     add("--batch", type=positive, metavar="N", help="global batch size [preset]")
     add("--accum", type=positive, metavar="N", default=1,
         help="gradient-accumulation steps [%(default)s]")
     add("--lr", type=number("(0, inf)"), help="learning rate of AdamW, constant [preset]")
-    add("--ema", type=number("[0, 1)"), help="decay of the moving average, a step [preset]")
+    add("--ema", type=number("[0, 1)"),
+        help="decay of the moving average: at step n the smaller of this, (1+n)/(10+n) [preset]")
     add("--clip", type=number("(0, inf)"), help="clip the gradient norm [off]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="autocast [%(default)s]")
     add("--compile", action="store_true", help="torch.compile the network and its teacher [off]")
@@ -510,8 +516,6 @@ def describe(args, data):
         yield f"scale-aware: evaluated at w {sum(args.w_range) / 2}; sample with --w"
     if not args.drop and not args.num_labels and args.w != 1 and not args.init:
         yield "warning: --drop 0 doesn't train the empty class, which guidance needs"
-    if args.steps * (1 - args.ema) < 1:
-        yield f"warning: --ema {args.ema} averages over more than the run's {args.steps} steps"
     if data.kind == "pixels" and data.size > 64:
         yield f"warning: {data.size} pixels a side are slow without a VAE (data.py --vae)"
     if data.kind == "latents" and args.steps * args.batch > 1000 * len(data):

@@ -104,8 +104,8 @@ def bench_steps():
     print(f"\nSiT-S/2, plain: --dtype bf16 takes {over['bf16']:.2f} of fp32's time")
     for teacher in None, "ema", "online":
         step = f"bench.training_step('SiT-S/2', 32, 4, 8, {teacher!r})"
-        print(f"memory of three such steps, teacher {teacher}: "
-              f"{peak(f'step = {step}', 'for _ in range(3): step()'):.0f} MB", flush=True)
+        memory = peak(f"step = {step}", "for _ in range(3): step()")
+        print(f"memory of three such steps, teacher {teacher}: {memory:.0f} MB", flush=True)
 
 
 def peak(*lines):

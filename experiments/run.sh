@@ -31,6 +31,39 @@ draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., sco
   done
 }
 
+# ---------------------------------------------------------------- the average's warm-up, presets
+warmup() {
+  for w in 1 1.25 1.5; do
+    run steps-w$w train_sit_mg.py --w $w --steps 800 --eval-every 100
+  done
+  run steps-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 800 --eval-every 100
+  run preset-plain train_sit_mg.py --w 1
+}
+warmup_cfg() {  # CFG at its best scale, which has to be looked for
+  for cfg in 1.5 1.75 2 2.5; do draw preset-plain cfg$cfg --cfg $cfg --seed 0; done
+}
+warmup_init() {  # from the preset's plain network
+  for seed in 0 1 2; do
+    local init="--init $out/preset-plain-s$seed/ckpt.pt --seed $seed"
+    for teacher in "ema" "online --guide-share 0.25"; do
+      local dir=$out/init-${teacher%% *}-s$seed
+      local command="python train_sit_mg.py --out $dir --teacher $teacher $init"
+      once $dir/done "$command --steps 200 --eval-every 25 --eval-batch 200"
+    done
+  done
+}
+warmup_dit() {
+  for w in 1 1.25 1.5; do
+    run dit-steps-w$w train_dit_mg.py --w $w --steps 1600 --eval-every 100
+  done
+  run dit-steps-quarter train_dit_mg.py --teacher online --guide-share 0.25 --steps 1600 \
+    --eval-every 100
+  run dit-preset-plain train_dit_mg.py --w 1
+}
+warmup_dit_cfg() {
+  for cfg in 1.5 1.75 2 2.5; do draw dit-preset-plain cfg$cfg --cfg $cfg --seed 0; done
+}
+
 # ---------------------------------------------------------------- guidance for a share
 sparse() {
   run sit-plain train_sit_mg.py --w 1
@@ -168,9 +201,9 @@ mnist_score() {
   echo "python experiments/mnist.py score $files"
 }
 
-parts="sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4
-  table5 table5_draw table6 fig4 late late_auto late_auto_draw mnist_images
-  mnist mnist_draw mnist_score"
+parts="warmup warmup_cfg warmup_init warmup_dit warmup_dit_cfg sparse sparse_dit sparse_t gft board
+  curves curves_cfg table3 table3_draw table3_dit table4 table5 table5_draw table6 fig4 late late_auto
+  late_auto_draw mnist_images mnist mnist_draw mnist_score"
 for part in ${*:-$parts}; do
   declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }
   $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>> $out/stderr.txt

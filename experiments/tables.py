@@ -78,8 +78,11 @@ def price(path):
     figure.savefig(path, dpi=120)
     print("| | 400 | 800 | 1600 |\n|---|---|---|---|")
     for label, points in {**table, "plain + CFG 2": cfg}.items():
-        cells = [f"{mean(distances):.1f} ({', '.join(f'{x:.1f}' for x in distances)}), {step} steps"
-                 for step, distances in (points[price] for price in (400, 800, 1600))]
+        cells = []
+        for cost in 400, 800, 1600:
+            step, distances = points[cost]
+            by_seed = ", ".join(f"{x:.1f}" for x in distances)
+            cells.append(f"{mean(distances):.1f} ({by_seed}), {step} steps")
         print(f"| {label} | {' | '.join(cells)} |")
 
 
