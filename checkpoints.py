@@ -165,8 +165,10 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
     weights: "ema" or "model". UserError, in one line: missing, truncated, foreign or unsafe.
     """
     path = Path(path)
-    if (path / "ckpt.pt").exists():  # the folder of a run
-        path = path / "ckpt.pt"
+    for file in path / "ckpt.pt", previous(path / "ckpt.pt"):
+        if file.exists():  # the folder of a run
+            path = file
+            break
     if path.is_dir():
         state, config = from_diffusers(path)
     else:
@@ -221,7 +223,7 @@ def from_public(checkpoint, weights, path):
         outputs = len(state["final_layer.linear.weight"]) // patch ** 2
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG") from None
-    path_type = getattr(flags, "path_type", "linear")
+    path_type = str(getattr(flags, "path_type", "linear"))
     prediction = getattr(flags, "prediction", "v")
     if path_type.lower() != "linear" or prediction not in ("v", "velocity"):
         raise UserError(f"{path}: trained with path {path_type} and prediction {prediction}; only "

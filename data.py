@@ -226,7 +226,7 @@ def fill(folder, info, make, *, free=()):
         runtime.barrier()  # every rank has seen what is missing
         if len(mine):
             with (open(folder / "x.npy", "r+b") as file, open(progress, "r+b") as marks,
-                  runtime.progress(len(mine), folder.name) as bar):
+                  runtime.progress(len(mine), folder.name.removesuffix(".parts")) as bar):
                 for values in make(mine):
                     rows = mine[:len(values)].tolist()
                     mine = mine[len(values):]
@@ -251,7 +251,7 @@ def fill(folder, info, make, *, free=()):
 def begin(folder, info, free):
     """Makes what is missing in a folder of fill(): data.json, progress, then x.npy.
 
-    UserError: it holds rows that were made with another info, or other files.
+    UserError: it was made with another info, or holds other files.
     """
     progress = folder / "progress"
     if is_prepared(folder):

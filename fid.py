@@ -374,6 +374,8 @@ def open_npz(path):
     try:
         with zipfile.ZipFile(path) as z:
             yield z
+    except UserError:
+        raise
     except Exception as e:  # noqa: BLE001  zipfile raises anything
         raise UserError(f"{path}: neither a folder of images nor an intact .npz ({e})") from None
 
@@ -383,8 +385,10 @@ def npz_headers(path):
     with open_npz(path) as z:
         headers = {}
         for name in z.namelist():
-            with z.open(name) as f:
-                headers[name.removesuffix(".npy")] = read_header(f)[::2]
+            if name.endswith(".npy"):
+                with z.open(name) as f:
+                    shape, _, dtype = read_header(f)
+                headers[name.removesuffix(".npy")] = shape, dtype
     return headers
 
 
@@ -396,24 +400,27 @@ def read_header(f):
 
 def npz_array(path, name):
     """An array of an .npz, memory-mapped; a compressed one is unpacked to a temporary file."""
-    with open_npz(path) as z, open(path, "rb") as stored, tempfile.TemporaryFile() as unpacked:
+    with open_npz(path) as z:
         entry = z.getinfo(f"{name}.npy")
         with z.open(entry) as f:
             shape, fortran, dtype = read_header(f)
             header = f.tell()
         if entry.file_size != header + math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} has another size than its header says")
+        order = "F" if fortran else "C"
         if entry.compress_type == zipfile.ZIP_STORED:
-            # The values come after the entry's own header: 30 bytes, its name, and extra fields.
-            stored.seek(entry.header_offset + 26)
-            start = entry.header_offset + 30 + sum(struct.unpack("<HH", stored.read(4)))
-            file = stored
-        else:
-            with z.open(entry) as f:
-                shutil.copyfileobj(f, unpacked)
-            start = 0
-            file = unpacked
-        return np.memmap(file, dtype, "r", start + header, shape, "F" if fortran else "C")
+            with open(path, "rb") as file:
+                # The values come after the entry's own header: 30 bytes, its name, extra fields.
+                file.seek(entry.header_offset + 26)
+                start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                return np.memmap(file, dtype, "r", start + header, shape, order)
+        try:
+            with z.open(entry) as packed, tempfile.TemporaryFile() as file:
+                shutil.copyfileobj(packed, file)
+                return np.memmap(file, dtype, "r", header, shape, order)
+        except OSError as e:
+            raise UserError(f"{path}: can't be unpacked to a temporary file ({e.strerror or e}); "
+                            "make room there, or set TMPDIR") from None
 
 
 def read_statistics(path, headers, shapes):
@@ -438,7 +445,7 @@ def statistics(net, images, *, batch, keep):
     count = images.count
     if rank == 0 and count < net.widths[0]:
         print(f"fid.py: warning: {images.name}: {count} images are fewer than the {net.widths[0]} "
-              "features, FID comes out too high", file=sys.stderr)
+              "features, the distance comes out too high", file=sys.stderr)
     # Moments are of differences from rank 0's features of the first image: so nothing cancels.
     _, first = next(images.batches(1))
     origins = [runtime.reduce(x[0].double() * (rank == 0)) for x in net(first.to(device))[:2]]
@@ -561,7 +568,9 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
     figures = torch.zeros(4, dtype=torch.float64)
     if runtime.ranks()[0] == 0:  # the other processes add zeros
         device = next(ref.net.parameters()).device
-        for i, (mu, sigma) in enumerate((("mu", "sigma"), ("mu_s", "sigma_s"))):
+        for i, suffix in enumerate(["", "_s"] if ref.features == "inception" else [""]):
+            mu = f"mu{suffix}"
+            sigma = f"sigma{suffix}"
             figures[i] = frechet_distance(stats[mu], stats[sigma], ref.stats[mu], ref.stats[sigma])
         figures[2:] = math.nan
         if keep:

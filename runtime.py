@@ -1,4 +1,4 @@
-"""How every script starts and ends: flags, errors, processes, signals, seeds, locks and files."""
+"""What all scripts share: flags, errors, processes, signals, progress, seeds, locks and files."""
 import argparse
 import contextlib
 import datetime
@@ -24,7 +24,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 
 
 class UserError(ValueError):
-    """What a user can mend: one line that names the flag or file, and the remedy. For run()."""
+    """What a user can mend. run() prints its one line: the flag or file, and the remedy."""
 
 
 def command_line(description):
@@ -61,7 +61,7 @@ def setup():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         found = " ".join(f"{key}={os.environ.get(key, '')}"
                          for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         message = f"waiting for the other processes ({found}); if there are none, unset RANK"
@@ -73,7 +73,7 @@ def setup():
         # hands restarted processes the address of the first attempt.
         try:
             with handlers_kept():
-                listen(signal.SIG_DFL)  # inside of torch Python could not act on a Ctrl-C
+                listen(signal.SIG_DFL)  # while torch waits, Python could not act on a Ctrl-C
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                         timeout=datetime.timedelta(days=7))
         except ValueError as e:  # torch names what is missing in the environment
@@ -108,7 +108,7 @@ def run(main):
     edits these scripts, and keeps its traceback.
 
     Under torchrun rank 0 speaks first, and torchrun then ends the others. When one rank exits, the
-    collectives of its peers fail too, so they speak last.
+    collectives of its peers fail too, so messages about lost peers wait longest.
     """
     launched = "RANK" in os.environ
     rank = int(os.environ.get("RANK", "0"))
@@ -117,7 +117,9 @@ def run(main):
     try:
         main()
     except SystemExit as e:
-        status = e.code
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
         line = "interrupted; run the same command to resume"
@@ -130,8 +132,9 @@ def run(main):
         elif not launched:
             raise
         elif isinstance(e, dist.DistError) or "gloo" in str(e):
-            line = f"rank {rank} lost the others: {e}"
             time.sleep(6)
+            traceback.print_exc()
+            line = f"rank {rank} lost the others: {e}"
         else:
             traceback.print_exc()
     if line:
@@ -148,9 +151,9 @@ def run(main):
 
 
 def listen(handler):
-    """Lets handler(number, frame) have the signals that ask a process to end, Ctrl-C among them.
+    """Makes handler(number, frame) that of the signals that ask a process to end, as Ctrl-C does.
 
-    Not those that are ignored, so that nohup works; and outside the main thread none.
+    Ignored signals stay ignored, so that nohup works; outside the main thread nothing is set.
     """
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -160,7 +163,7 @@ def listen(handler):
 
 @contextlib.contextmanager
 def handlers_kept():
-    """At the end of the block the handlers of before have their signals again."""
+    """Restores the signal handlers at the end of the block."""
     earlier = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -171,7 +174,7 @@ def handlers_kept():
 
 
 def progress(total, name):
-    """tqdm's bar, of rank 0; where there is no terminal, a line every half minute."""
+    """tqdm's bar of rank 0, for images; where there is no terminal, a line every half minute."""
     options = {}
     if not sys.stderr.isatty():
         options = {"file": Lines(), "mininterval": 30, "delay": 30,
@@ -180,7 +183,8 @@ def progress(total, name):
 
 
 class Lines:
-    """A file to which tqdm writes whole lines, where it would go back to the start of one."""
+    """A file for tqdm that prints each update as a line of its own, without carriage returns."""
+
     def write(self, text):
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
@@ -222,9 +226,9 @@ def locked(folder):
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file to write to that replaces path when all is on the disk, or not at all.
+    """Opens a binary file that replaces path once it is complete and on the disk.
 
-    OSError, which names path: it can't be written. The file at path, if there is one, then stays.
+    OSError, which names path: that failed, and what was at path is still there.
     """
     temporary = Path(f"{path}.tmp")
     try:

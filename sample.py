@@ -37,27 +37,30 @@ def guided(model, y, *, cfg=1.0, interval=(0.0, 1.0), w=None, null=None):
     w: the scale of a scale-aware network (None: 1).
     y may be any other condition, (N, ...); null is then the empty one, as in mg_loss().
     """
-    empty = torch.full_like(y, model.num_classes) if null is None else null.expand_as(y)
+    empty = torch.zeros_like(y) + (model.num_classes if null is None else null)
     scale = []
     both_scales = []
     if w is not None:
         w = torch.zeros(len(y), device=y.device) + w
         scale = [w]
-        both_scales = [torch.cat([w, w])]  # that of the empty class is 0, whatever it is given
+        both_scales = [torch.cat([w, w])]  # the network itself sets the empty class's to 0
     last = 1000 if getattr(model, "kind", "SiT") == "DiT" else 1
 
     @torch.no_grad()
     def net(x, t):
         noise_time = torch.as_tensor(t) / last  # a number's stays on the CPU
-        acts = cfg != 1 and bool(((noise_time >= interval[0]) & (noise_time <= interval[1])).all())
+        acts = (noise_time >= interval[0]) & (noise_time <= interval[1])
         t = torch.as_tensor(t, device=x.device).expand(len(x))
-        if not acts:
+        if cfg == 1 or not acts.any():
             return model(x.float(), t, y, *scale).double()
+        strength = cfg
+        if not acts.all():  # t is (N,), and inside the interval for some samples only
+            strength = 1 + (cfg - 1) * acts.double().view(-1, *[1] * (x.ndim - 1))
         C = x.shape[1]
         x = torch.cat([x, x]).float()
         t = torch.cat([t, t])
         cond, uncond = model(x, t, torch.cat([y, empty]), *both_scales).double().chunk(2)
-        out = uncond[:, :C] + cfg * (cond[:, :C] - uncond[:, :C])                      # Eq. 9
+        out = uncond[:, :C] + strength * (cond[:, :C] - uncond[:, :C])                 # Eq. 9
         return torch.cat([out, cond[:, C:]], 1)
     return net
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -307,6 +308,15 @@ def test_one_line_and_status_2(tmp_path):
     line = "train_sit_mg.py: error: --model X: unknown"
     assert code == 1 and words.count(line) == 1 and "in create_model" not in words
     assert "--model X: unknown" in "".join(words.splitlines()[-3:])  # of torchrun's own report
+
+
+def test_run_keeps_the_exit_status():
+    """Of sys.exit(), also under torchrun."""
+    for code, status, says in ((None, 0, ""), (3, 3, ""), ("a word", 1, "a word")):
+        def leave(_):
+            os.environ |= {"RANK": "0"}
+            runtime.run(lambda: sys.exit(code))  # noqa: B023  it runs at once
+        assert says in fork(leave, status=status)
 
 
 def unpack_a_tensor(*_):
@@ -799,6 +809,12 @@ def test_cfg_acts_in_its_interval_on_all_channels_but_variances(kind, w):
             want[:, :4] = uncond[:, :4] + 3 * (cond - uncond)[:, :4]               # Eq. 9
         torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
     assert "scale-aware" in error(lambda: sample.guided(random_model(), y, w=2.0)(x, 0.5))
+    t = torch.tensor([0.2, 0.5, 0.8]) * (1000 if kind == "DiT" else 1)  # a time for each sample
+    mixed = net(x, t)
+    for i in range(3):
+        one = sample.guided(model, y[i:i + 1], cfg=3.0, interval=(0.3, 0.7), w=w, null=10)
+        want = one(x[i:i + 1], t[i].item())
+        torch.testing.assert_close(mixed[i:i + 1], want, rtol=1e-4, atol=1e-5)
 
 
 def test_generate_rounds_and_refuses_what_is_not_finite():
@@ -1322,13 +1338,20 @@ def test_under_torchrun(tmp_path):
 
 
 def test_a_signal_to_one_process_saves_all(tmp_path):
+    """The others end after the one that saves: torchrun would kill it 30 s after them."""
+    def slow(*_):
+        time.sleep(1)
+
     def signalled(rank):
+        checkpoints.save_checkpoint = before(checkpoints.save_checkpoint, 1, slow)
         if rank == 1:
             train_sit_mg.mg_loss = before(train_sit_mg.mg_loss, 3, lambda *_: kill(signal.SIGINT))
-        train("SiT", tmp_path, "--steps", 20)
+        try:
+            train("SiT", tmp_path, "--steps", 20)
+        finally:
+            assert load(tmp_path)["step"] == 3
     words = fork(signalled, 2, status=128 + signal.SIGINT)
     assert words.count("step 3 is saved") == 1
-    assert load(tmp_path)["step"] == 3
 
 
 def test_a_step_that_a_signal_saved_can_become_the_last(tmp_path):
@@ -1340,6 +1363,8 @@ def test_a_step_that_a_signal_saved_can_become_the_last(tmp_path):
     (tmp_path / "samples.png").touch()  # of an evaluation before
     log = train("SiT", tmp_path, "--steps", 2)["log"]
     assert [row["step"] for row in log] == [2] and log[0]["loss"] > 0
+    assert "\n2,1." in (tmp_path / "log.csv").read_text()
+    assert ",,1.5" in (tmp_path / "log.csv").read_text()  # no images/s without a step
     assert (tmp_path / "samples.png").stat().st_size > 0
 
 
@@ -1386,6 +1411,22 @@ def test_a_signal_in_an_evaluation_ends_at_once(samples, save_every, tmp_path, m
     assert ["fd" in row for row in run["log"]] == [samples > 0] * 2
     same(train("SiT", tmp_path, *flags, "--steps", 4), run)
     assert scored == [3, 4]
+
+
+def test_a_signal_before_an_evaluation_prevents_it(tmp_path):
+    """It comes while the checkpoint is written."""
+    def signalled(_):
+        train_sit_mg.evaluate = lambda *_, **__: os._exit(9)
+        checkpoints.save_checkpoint = before(checkpoints.save_checkpoint, 1,
+                                             lambda *_: kill(signal.SIGTERM))
+        runtime.run(lambda: train("SiT", tmp_path, "--steps", 3))
+    fork(signalled, status=130)
+    assert load(tmp_path)["step"] == 3 and load(tmp_path)["scored"] == 0
+
+
+def test_a_run_that_was_not_scored_can_be(tmp_path):
+    assert "fd" not in train("SiT", tmp_path, "--steps", 3)["log"][-1]
+    assert train("SiT", tmp_path, "--steps", 3, "--eval-samples", 8)["log"][-1]["fd"] > 0
 
 
 def test_main_in_a_notebook(tmp_path, whole):
@@ -2043,6 +2084,8 @@ def test_rows_are_split_and_sorted_classes_are_mixed(tmp_path):
     x = np.arange(26, dtype=np.uint8).repeat(12).reshape(26, 2, 2, 3)
     np.savez(tmp_path / "stored.npz", labels=np.arange(26), arr_0=x)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=x)
+    with zipfile.ZipFile(tmp_path / "packed.npz", "a") as z:
+        z.writestr("README.txt", "how it was made")
     for i, image in enumerate(x):
         save_image(tmp_path / "flat" / f"{i:02}.png", image)
         save_image(tmp_path / "classes" / f"{i // 13}" / f"{i:02}.png", image)

@@ -96,7 +96,7 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null, guide=None, sh
             if others is None:
                 uncond = teach(empty[k])
             else:                                                                  # Eq. 23
-                uncond = sum(teach(other) for other in others[k].T) / others.shape[1]
+                uncond = sum(teach(labels) for labels in others[k].T) / others.shape[1]
             w_k = torch.where(dropped[k], 1, (x0.new_zeros(len(x0)) + w)[k]).view(per_sample)
             # Guiding a random share of the samples, 1/share times as much, keeps the target's mean.
             target[k] += (w_k - 1) / share * (cond - uncond)                       # Eq. 18, 20, 22
@@ -118,9 +118,9 @@ def draw(args, data, step, w):
     """The small draws of a step, for its whole batch and on the CPU: a function of (seed, step).
 
     Every process and every part of --accum takes its rows of them, so that the run is the same for
-    any number of both, and knows whom it guides without waiting for a GPU.
-    -> index (N,) int64 and flip (N,) bool, for data.get(); guided (N,) bool: who gets the guidance
-    term; a dict of mg_loss's t, dropped, w (N,) and, with --num-labels, others (N, L)
+    any number of both; and which samples are guided is known without waiting for a GPU.
+    -> index (N,) int64 and flip (N,) bool, for data.get(); guided (N,) bool: the samples that get
+    the guidance term; a dict of mg_loss's t, dropped, w (N,) and, with --num-labels, others (N, L)
     """
     n = args.batch
     cpu = runtime.generator(args.seed, 0, step)
@@ -130,14 +130,15 @@ def draw(args, data, step, w):
     chosen = torch.rand(n, generator=cpu) < args.guide_share
     flip = torch.rand(n, generator=cpu) < 0.5
     draws = {"t": t, "dropped": dropped, "w": torch.full((n,), float(w))}
-    if args.num_labels:  # distinct offsets from the own label, 1 to classes - 1
+    if args.num_labels:  # distinct offsets from the sample's own label
         classes = len(data.classes)
         order = torch.rand(n, classes - 1, generator=cpu)
         offsets = 1 + order.topk(args.num_labels).indices
         draws["others"] = (torch.from_numpy(data.labels[index])[:, None] + offsets) % classes
     if args.w_range:
         low, high = args.w_range
-        scaled = torch.rand(n, generator=cpu) < SCALED_SHARE / (1 - args.drop)  # if not dropped
+        # A share of those that are not dropped, so that it is SCALED_SHARE of all.
+        scaled = torch.rand(n, generator=cpu) < SCALED_SHARE / (1 - args.drop)
         drawn = low + (high - low) * torch.rand(n, generator=cpu)
         draws["w"] = torch.where(scaled, drawn, 1.0)
     guided = chosen & ~dropped & (t <= args.t_max * T_NOISE) & (draws["w"] != 1)
@@ -158,10 +159,10 @@ def train(args, data, rank, world, device):
     free = FREE if auto else FREE + EVALUATION
     config = {key: value for key, value in vars(args).items() if key not in free} | shape | {
         "data": data.identity, "vae": data.vae}
-    saved, notes = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
+    saved, lines = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
     torch.manual_seed(args.seed)
     if args.init and not saved:
-        model, notes = checkpoints.initialize_from(args.init, args.model, shape)
+        model, lines = checkpoints.initialize_from(args.init, args.model, shape)
     else:
         model = models.create_model(args.model, **shape)
     if model.kind != KIND:
@@ -186,6 +187,8 @@ def train(args, data, rank, world, device):
         log = saved["log"]
         losses = saved["losses"]
         ramp = saved["ramp"]
+        if args.eval_samples and log and not {"fd", "fid"} & log[-1].keys():
+            scored = min(scored, step - 1)  # at this step samples.png alone was drawn
         del saved
     losses = losses.to(device)
     start = step
@@ -200,14 +203,14 @@ def train(args, data, rank, world, device):
             args.reference or args.data, "classifier" if data.kind == "digits" else "inception",
             size=data.size, weights=args.weights)
     net = torch.compile(model) if args.compile else model
-    average = torch.compile(ema) if args.compile else ema
-    teacher = net if args.teacher == "online" else average
+    ema_net = torch.compile(ema) if args.compile else ema
+    teacher = net if args.teacher == "online" else ema_net
     if world > 1:
-        net = DistributedDataParallel(net, broadcast_buffers=False)  # the only one is constant
+        net = DistributedDataParallel(net, broadcast_buffers=False)  # pos_embed is constant
     weights = [p.detach() for p in model.parameters()]
     ema_weights = list(ema.parameters())
     if rank == 0:
-        print(*describe(args, data), *notes, sep="\n", flush=True)
+        print(*describe(args, data), *lines, sep="\n", flush=True)
 
     def save():
         if rank == 0:
@@ -220,16 +223,16 @@ def train(args, data, rank, world, device):
     def every(n):
         return n and step % n == 0
 
-    def scale(step):
+    def w_at(step):
         """The w of a step: 1, plain training, before --start-step; after --init it ramps up."""
         risen = (step + 1 - args.start_step) / max(1, ramp)
         return 1 if args.w_range else 1 + (w_now - 1) * min(1, max(0, risen))
 
     stop = torch.tensor(0)  # the number of a signal that arrived
 
-    def note(number, _):
+    def remember(number, _):
         stop.fill_(number)
-    runtime.listen(note)
+    runtime.listen(remember)
     bar = tqdm(initial=step, total=args.steps, unit="step", disable=None if rank == 0 else True)
     clock = time.perf_counter()
     since = step
@@ -246,12 +249,14 @@ def train(args, data, rank, world, device):
                 raise UserError(f"the loss or a weight is not finite at step {step}; earlier "
                                 f"checkpoints stay. Lower --lr or --w, or give --clip")
             if logging:
-                speed = (step - since) * batch / (time.perf_counter() - clock)
+                speed = ""
+                if step > since:  # not of a resumed run that has made no step yet
+                    speed = round((step - since) * batch / (time.perf_counter() - clock), 1)
                 log.append({"step": step, "loss": losses.double().mean().item(),
-                            "images_per_s": round(speed, 1),
-                            "w": "" if args.w_range else scale(step - 1)})
+                            "images_per_s": speed,
+                            "w": "" if args.w_range else w_at(step - 1)})
                 losses = losses[:0]
-                line = f"loss {log[-1]['loss']:.4f}, {speed:.0f} images/s"
+                line = f"loss {log[-1]['loss']:.4f}, {speed or 0:.0f} images/s"
                 bar.set_postfix_str(line)
                 if rank == 0:
                     checkpoints.save_log(log, out / "log.csv")
@@ -261,19 +266,27 @@ def train(args, data, rank, world, device):
                 save()
             if stopped:
                 bar.close()
+                runtime.barrier()  # or torchrun would end the one that saves, as others have ended
                 if rank == 0 and step:
                     print(f"step {step} is saved in {out}; run the same command to resume")
                 raise SystemExit(128 + stopped)
             if due:
-                runtime.listen(signal.default_int_handler)  # ends an evaluation, which stays due
-                run = [args, ema, data, vae, reference, step, w_now]
+                # From here to the scores a signal ends the run at once: the evaluation stays due.
+                inputs = [args, ema, data, vae, reference, step, w_now]
+                tried = {}
                 try:
-                    tried = evaluate(*run, cfg=AUTO_CFG) if args.w == "auto" and not last else {}
-                    scores = evaluate(*run)
+                    runtime.listen(signal.default_int_handler)
+                    if stop:  # it came while the checkpoint was written
+                        raise KeyboardInterrupt
+                    if args.w == "auto" and not last:
+                        tried = evaluate(*inputs, cfg=AUTO_CFG)
+                    scores = evaluate(*inputs)
                 except KeyboardInterrupt:
+                    runtime.listen(remember)  # a second one must not interrupt the writing
                     if not saving:
                         save()
                     raise
+                runtime.listen(remember)
                 distance = "fd" if "fd" in scores else "fid"
                 if auto and not last:
                     # Raise w if the competitor's distance is lower, else lower it. auto: the same
@@ -291,14 +304,14 @@ def train(args, data, rank, world, device):
                     checkpoints.save_curves(log, out / "curves.png")
                     if scores:
                         figures = [f"{key} {value:.3f}" for key, value in scores.items()]
-                        tqdm.write(f"step {step}: {', '.join(figures)}")
-                runtime.listen(note)
+                        bar.clear()
+                        print(f"step {step}: {', '.join(figures)}", flush=True)
             clock = time.perf_counter()
             since = step
         if last:
             break
         # ---------------- the training step
-        index, flip, guided, draws = draw(args, data, step, scale(step))
+        index, flip, guided, draws = draw(args, data, step, w_at(step))
         gpu = runtime.generator(args.seed, 1, step, device=device)
         noise = torch.randn(batch, *data.shape, generator=gpu, device=device)
         posterior = torch.randn(batch, *data.shape, generator=gpu, device=device)
@@ -309,7 +322,7 @@ def train(args, data, rank, world, device):
             mine = {key: runtime.move(x[part], device) for key, x in draws.items()}
             guide = runtime.move(guided[part].nonzero()[:, 0], device)
             student = net
-            if args.w_range:
+            if args.w_range:  # which then isn't the teacher: that is net at w = 1 (Eq. 22)
                 student = functools.partial(net, w=mine["w"])
             net.require_backward_grad_sync = i == args.accum - 1  # DDP adds up after the last part
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
@@ -322,7 +335,7 @@ def train(args, data, rank, world, device):
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
-        # With this warm-up the average soon forgets the weights that it starts from.
+        # Warm-up: a small decay at first, so that the average forgets its initial weights.
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema_weights, weights, 1 - decay)
         step += 1
@@ -380,17 +393,17 @@ def parse_args(argv):
     count = number("[0, inf)", int)
     positive = number("[1, inf)", int)
 
-    def scale(text):
+    def w_value(text):
         return text if text in ("auto", "auto-paper") else number()(text)
-    scale.__name__ = "number, auto or auto-paper"
+    w_value.__name__ = "number, auto or auto-paper"
     rows = ["preset by the kind of --data: " + "".join(f"{kind:10}" for kind in PRESETS)]
     for key in PRESETS["digits"]:
         values = "".join(f"{preset[key]!s:10}" for preset in PRESETS.values())
         rows.append(f"  --{key.replace('_', '-'):26} {values}")
     p = runtime.command_line("\n".join([__doc__, *rows]))
     add = p.add_argument_group("guidance").add_argument
-    add("--w", type=scale, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w); auto: raise w "
-        "when CFG on top lowers FID or FD, auto-paper: when it rose since the last time [1.5]")
+    add("--w", type=w_value, help="guidance scale: 1 is off, w acts as CFG at 1/(2-w); auto: raise "
+        "w when CFG on top lowers FID or FD, auto-paper: when it rose since the last time [1.5]")
     add("--w-range", type=number("[1, inf)"), nargs=2, metavar=("LO", "HI"),
         help="in place of --w: a scale-aware network, sampled with --w (Eq. 21) [off]")
     add("--drop", type=number("[0, 1)"), help="label dropout probability [0.1]")
@@ -415,7 +428,7 @@ def parse_args(argv):
         help="gradient-accumulation steps [%(default)s]")
     add("--lr", type=number("(0, inf)"), help="learning rate of AdamW, constant [preset]")
     add("--ema", type=number("[0, 1)"),
-        help="decay of the moving average: at step n the smaller of this, (1+n)/(10+n) [preset]")
+        help="decay of the moving average; at step n at most (1+n)/(10+n) [preset]")
     add("--clip", type=number("(0, inf)"), help="clip the gradient norm [off]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="autocast [%(default)s]")
     add("--compile", action="store_true", help="torch.compile the network and its teacher [off]")
