@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,9 @@ class Data:
     """
 
     def __init__(self, name):
+        if str(name) == "digits" and is_prepared(name):
+            raise UserError("--data digits: are scikit-learn's scans, and also a folder here that "
+                            "data.py prepared; give ./digits for the folder, or rename it")
         if str(name) == "digits":
             self.kind = "digits"
             self.flip = False
@@ -171,14 +175,17 @@ def list_images(folder):
 
 
 def class_folders(folder):
-    """A folder with one folder of images a class -> (paths, labels, names of the classes), sorted.
+    """A folder with one folder of images a class -> (paths, labels, names of the classes).
 
+    Classes are sorted as numbers where all names are numbers, else as strings.
     UserError: there is no such folder, or no images in folders of it.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give one that holds the class folders")
     names = sorted(entry.name for entry in os.scandir(folder)
                    if entry.is_dir() and not entry.name.startswith("."))
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
     files = {name: list_images(os.path.join(folder, name)) for name in names}
     classes = [name for name in names if files[name]]
     if not classes:
@@ -358,6 +365,8 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.out == "digits":
+        raise UserError("--out digits: is the name of the built-in data; give another")
     rank, _, device = runtime.setup()
     paths, labels, classes = class_folders(args.folder)
     vae = None if args.vae == "none" else models.load_vae(args.vae, device)
@@ -375,7 +384,8 @@ def main(argv=None):
             yield encode_views(vae, images, info["flip"]) if vae else images
     fill(args.out, info, make, free=("source", "vae"))
     if rank == 0:
-        print(f"{args.out} is complete. Next: torchrun train_sit_mg.py --data {args.out}")
+        print(f"{args.out} is complete. Next: torchrun train_sit_mg.py --data "
+              f"{shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":

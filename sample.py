@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -320,14 +321,19 @@ def choose_labels(args, classes):
     if args.class_labels or (args.out.endswith(".npz") and not args.labels):
         return balanced(args.num_samples or 8 * len(classes), len(classes)), "balanced", 10
     wanted = []
-    for label in args.labels or map(str, range(min(10, len(classes)))):
-        if label in classes:
-            wanted.append(classes.index(label))
+    names = [unicodedata.normalize("NFC", name) for name in classes]  # as typed or as on a disk
+    for label in args.labels or []:
+        name = unicodedata.normalize("NFC", label)
+        if name in names:
+            wanted.append(names.index(name))
         elif label.isdecimal() and int(label) < len(classes):
             wanted.append(int(label))
         else:
-            raise UserError(f"--labels {label}: neither a class of this checkpoint nor a number "
-                            f"from 0 to {len(classes) - 1}")
+            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            hint = "; put spaces between classes" if "," in label else ""
+            raise UserError(f"--labels {label}: neither a class of this checkpoint ({known}) nor a "
+                            f"number from 0 to {len(classes) - 1}{hint}")
+    wanted = wanted or [*range(min(10, len(classes)))]
     num = args.num_samples or 8 * len(wanted)
     if num % len(wanted):
         raise UserError(f"--num-samples {num}: must be a multiple of the {len(wanted)} labels")

@@ -903,6 +903,21 @@ def test_a_grid_has_a_row_for_each_label(checkpoint, tmp_path):
     assert (tmp_path / "g.json").read_text() == "mine"
 
 
+def test_labels_are_names_first_then_numbers():
+    """Without --labels they are the first by index, whatever the names are."""
+    def chosen(classes, *flags):
+        args = sample.parse_args(["x.pt", "--num-samples", "6", *flags])
+        labels, rule, _ = sample.choose_labels(args, classes)
+        assert rule == "list"
+        return labels.tolist()
+    assert chosen(["1", "2", "3"]) == [0, 0, 1, 1, 2, 2]
+    assert chosen(["1", "2", "3"], "--labels", "1", "0") == [0, 0, 0, 0, 0, 0]
+    decomposed = "Caf\u0065\u0301"
+    assert chosen(["Tea", decomposed], "--labels", "Caf\u00e9", decomposed) == [1] * 6
+    line = error(lambda: chosen(["cat", "dog"], "--labels", "cat,dog"))
+    assert "(cat, dog)" in line and "put spaces between classes" in line
+
+
 def test_balanced_labels_are_spread():
     assert sample.balanced(25, 10).bincount().tolist() == [3] * 5 + [2] * 5
     assert sample.balanced(4, 10).tolist() == [0, 2, 5, 7]
@@ -1072,6 +1087,27 @@ def test_read_image_is_adms_crop_of_any_mode(tmp_path):
         assert data.read_image(tmp_path / "a.tiff", 16).shape == (16, 16, 3)
     (tmp_path / "broken.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:500])
     assert "broken.png: unreadable" in error(lambda: data.read_image(tmp_path / "broken.png"))
+
+
+def test_classes_of_numbers_are_sorted_as_numbers(tmp_path):
+    for name in [*map(str, range(12)), "007"]:
+        save_image(tmp_path / name / "a.png", np.zeros((4, 4, 3), np.uint8))
+    paths, labels, classes = data.class_folders(tmp_path)
+    assert classes == [*map(str, range(7)), "007", *map(str, range(7, 12))]
+    assert labels == [*range(13)] and Path(paths[12]).parent.name == "11"
+    save_image(tmp_path / "1b" / "a.png", np.zeros((4, 4, 3), np.uint8))
+    assert data.class_folders(tmp_path)[2][:4] == ["0", "007", "1", "10"]
+
+
+def test_a_folder_called_digits(tmp_path, monkeypatch):
+    """It is never taken for scikit-learn's scans, nor they for it."""
+    monkeypatch.chdir(tmp_path)
+    folder = image_folder(tmp_path / "images")
+    flags = "--size", 16, "--vae", "none", "--out"
+    assert "--out digits" in error(data.main, folder, *flags, "digits")
+    assert len(prepare(folder, "./digits", "--vae", "none")) == 7
+    assert "give ./digits" in error(lambda: data.Data("digits"))
+    assert len(data.Data("./digits")) == 7
 
 
 def test_links_in_image_folders(tmp_path):
@@ -1604,13 +1640,35 @@ def test_one_run_per_folder(tmp_path):
     for path in tmp_path / "file", tmp_path / "file" / "a":
         assert "is, or is in, a file" in refused(out=path)
     train("SiT", tmp_path, "--steps", 4)
-    line = refused("--lr", 1)
-    assert "lr 0.004, not 1.0" in line and "--init" in line and "--out NEW" in line
+    line = refused("--clip", 1)
+    assert "clip None, not 1.0" in line and "--init" in line and "--out NEW" in line
     assert "at step 4" in refused("--steps", 3)
     assert "--model" not in refused(kind="DiT")
     assert train("SiT", tmp_path, "--steps", 5, "--accum", 2)["step"] == 5
     torch.save({"config": 3}, tmp_path / "ckpt.pt")
     assert "something else" in refused()
+
+
+def test_the_learning_rate_may_change_on_resume(tmp_path, capsys):
+    """Only if it is given: then it says so, and is kept from there on."""
+    def rate(steps, *flags):
+        run = train("SiT", tmp_path, "--steps", steps, *flags)
+        return run["optimizer"]["param_groups"][0]["lr"], "--lr" in capsys.readouterr().out
+    assert rate(2, "--lr", 1e-3)[0] == 1e-3
+    assert rate(3) == (1e-3, False)
+    train("SiT", tmp_path, "--steps", 4, "--lr", 1e-4)
+    assert "--lr 0.001 -> 0.0001\n" in capsys.readouterr().out
+    assert rate(5) == (1e-4, False)
+
+
+def test_one_class_is_not_guided(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "images", 4, ("one", "one"))
+    prepare(folder, tmp_path / "data", "--vae", "none")
+    flags = ["--data", str(tmp_path / "data"), "--eval-samples", "0"]
+    args, one = train_sit_mg.parse_args(flags)
+    assert "nothing to guide" in "\n".join(train_sit_mg.describe(args, one))
+    _, _, guided, _ = train_sit_mg.draw(args, one, 0, 1.5)
+    assert not guided.any()
 
 
 def test_what_a_run_says_first():

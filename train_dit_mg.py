@@ -179,6 +179,8 @@ def draw(args, data, step, w):
         drawn = low + (high - low) * torch.rand(n, generator=cpu)
         draws["w"] = torch.where(scaled, drawn, 1.0)
     guided = chosen & ~dropped & (t <= args.t_max * T_NOISE) & (draws["w"] != 1)
+    if len(data.classes) == 1:  # with and without the label there is the same to learn
+        guided = torch.zeros_like(guided)
     return index, flip, guided, draws
 
 
@@ -218,6 +220,10 @@ def train(args, data, rank, world, device):
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
+        group, = optimizer.param_groups
+        if args.new_lr not in (None, group["lr"]):
+            lines.append(f"--lr {group['lr']} -> {args.new_lr}")
+            group["lr"] = args.new_lr
         step = saved["step"]
         scored = saved["scored"]
         w_now = saved["w"]
@@ -418,9 +424,10 @@ PRESETS = {  # by the kind of --data
         "eval_every": 50_000, "eval_samples": 5000, "eval_steps": 250, "eval_batch": 64,
         "save_every": 10_000, "log_every": 100},
 }
-# Flags that may differ when a run is resumed: they don't change what is trained.
-FREE = ["data", "init", "steps", "accum", "compile", "recompute", "eval_batch", "save_every",
-        "log_every", "weights", "out"]
+# Flags that may differ when a run is resumed: but for the learning rate, which is kept unless
+# another is given, they don't change what is trained.
+FREE = ["data", "init", "steps", "accum", "lr", "new_lr", "compile", "recompute", "eval_batch",
+        "save_every", "log_every", "weights", "out"]
 EVALUATION = ["eval_every", "eval_samples", "eval_steps", "reference"]  # free but for --w auto
 
 
@@ -463,7 +470,8 @@ def parse_args(argv):
     add("--batch", type=positive, metavar="N", help="global batch size [preset]")
     add("--accum", type=positive, metavar="N", default=1,
         help="gradient-accumulation steps [%(default)s]")
-    add("--lr", type=number("(0, inf)"), help="learning rate of AdamW, constant [preset]")
+    add("--lr", type=number("(0, inf)"),
+        help="learning rate of AdamW, constant; may change on resume [preset]")
     add("--ema", type=number("[0, 1)"),
         help="decay of the moving average; at step n at most (1+n)/(10+n) [preset]")
     add("--clip", type=number("(0, inf)"), help="clip the gradient norm [off]")
@@ -483,6 +491,7 @@ def parse_args(argv):
     add("--out", metavar="DIR", help="output folder [out/MODEL-DATA-wW]")
     args = p.parse_args(argv)
     data = Data(args.data)
+    args.new_lr = args.lr  # of a run that resumes; None: it keeps its own
     for key, value in PRESETS[data.kind].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -514,7 +523,9 @@ def describe(args, data):
                for key, value in PRESETS[data.kind].items() if getattr(args, key) != value]
     yield (f"{args.model}, {len(data)} images of {len(data.classes)} classes, "
            f"{'x'.join(map(str, data.shape))}; preset {data.kind} {' '.join(changed)}")
-    if isinstance(args.w, float):
+    if len(data.classes) == 1 and args.w != 1:
+        yield "warning: there is one class, and so nothing to guide: this is plain training"
+    elif isinstance(args.w, float):
         # At the fixed point out(c) = out*(c) + (w-1) (out(c) - uncond). In Eq. 23 uncond, the mean
         # of the other C - 1 classes, is C / (C - 1) times as far from out(c) as the mean of all.
         gain = len(data.classes) / (len(data.classes) - 1) if args.num_labels else 1
