@@ -94,32 +94,46 @@ def read_last(path, config, steps):
     return last, [*notes, f"resuming from step {last['step']}"]
 
 
-def initialize_from(path, name, shape):
+def initialize_from(path, name, shape, classes):
     """create_model(name, **shape) with a checkpoint's weights: (model, lines to print).
 
-    With other classes the label table starts anew, and so does an input for w. UserError: the rest
-    doesn't fit.
+    The rows of the label table go by the classes' names where both sides have names, else by their
+    numbers; the empty class's goes to the empty class's. What is new starts anew: other rows, and
+    an input for w. UserError: the rest doesn't fit.
     """
     source, config = load_checkpoint(path)
     model = models.create_model(name, **shape)
+    old = config["classes"]
+    by_name = has_names(classes) and has_names(old)
+    rows = dict(zip(old if by_name else classes, range(len(old)), strict=False))
+    new = [label for label in classes if label not in rows]
+    found = f"{len(classes) - len(new)} of {len(classes)}"
+    lines = [f"--init {path}: has {found} classes, by {'name' if by_name else 'number'}"]
+    if new:
+        lines.append("new classes: " + ", ".join(new[:10]) + (", ..." if len(new) > 10 else ""))
+    if config.get("num_labels") or config.get("drop") == 0:
+        lines.append(f"warning: --init {path} was trained without an empty class; give "
+                     "--start-step N: guidance needs some plain training of it")
     state = source.state_dict()
-    notes = []
-    if source.num_classes != model.num_classes:
-        del state["y_embedder.embedding_table.weight"]
-        notes.append(f"warning: --init {path} has {source.num_classes} classes, not "
-                     f"{model.num_classes}: the label table starts anew")
-    elif config.get("num_labels") or config.get("drop") == 0:
-        notes.append(f"warning: --init {path} was trained without an empty class")
-    if notes:
-        notes.append("give --start-step N: guidance needs some plain training of the empty class")
+    key = "y_embedder.embedding_table.weight"
+    table = model.state_dict()[key].clone()
     try:
-        model.load_state_dict(model.state_dict() | state)
+        for i, label in enumerate(classes):
+            if label in rows:
+                table[i] = state[key][rows[label]]
+        table[-1] = state[key][-1]
+        model.load_state_dict(model.state_dict() | state | {key: table})
     except RuntimeError as e:  # names tensors that are unknown or of another shape
         raise UserError(f"--init {path}: its {config['model']} for {source.in_channels}x"
                         f"{source.input_size}x{source.input_size} doesn't fit {name} for "
                         f"{model.in_channels}x{model.input_size}x{model.input_size} "
                         f"({str(e).splitlines()[-1].strip()})") from None
-    return model, notes
+    return model, lines
+
+
+def has_names(classes):
+    """Whether the classes are called something else than 0, 1, 2, ..."""
+    return classes != [str(i) for i in range(len(classes))]
 
 
 def save_log(rows, path):

@@ -1057,7 +1057,8 @@ def image_folder(folder, count=7, classes=("class0", "class1")):
     rng = np.random.default_rng(0)
     for i in range(count):
         image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        save_image(folder / classes[i % 2] / f"{i}.png", image.resize((24, 20), Image.BICUBIC))
+        image = image.resize((24, 20), Image.BICUBIC)
+        save_image(folder / classes[i % len(classes)] / f"{i}.png", image)
     return folder
 
 
@@ -1550,7 +1551,7 @@ def test_automatic_w(rule, score, plain, with_cfg, want, tmp_path, monkeypatch):
 
 
 def test_init(tmp_path, capsys):
-    """The weights and their average; w ramps up; other classes start anew, with a warning."""
+    """The weights and their average; w ramps up; classes that are new start anew."""
     def initialized(out, model, *flags, drop=0.1):
         """From this network's checkpoint a step that is too small to matter."""
         source = save_random(tmp_path / "c.pt", model, f"{model.kind}-T/2", drop=drop)
@@ -1570,11 +1571,33 @@ def test_init(tmp_path, capsys):
     assert train("SiT", tmp_path / "ramp", "--steps", 12, *flags)["ramp"] == 2
     run, said = initialized("b", five)
     same(run["model"][key], five.state_dict()[key], atol=1e-6)
-    assert "5 classes, not 10" in said
+    assert "has 5 of 10 classes, by number\nnew classes: 5, 6, 7, 8, 9" in said
+    table = "y_embedder.embedding_table.weight"
+    same(run["model"][table][[0, 1, 2, 3, 4, -1]], five.state_dict()[table], atol=1e-6)
     initialized("c", model, "--w-range", 1, 2)
     assert "without an empty class" in initialized("d", model, drop=0.0)[1]
-    assert "doesn't fit" in error(lambda: initialized("e", random_model("DiT-T/2")))
+    assert "is a DiT-T/2" in error(lambda: initialized("e", random_model("DiT-T/2")))
+    line = error(lambda: initialized("e", model, "--model", "SiT-S/2"))
+    assert "its SiT-T/2 for 1x8x8 doesn't fit SiT-S/2" in line
     assert "3x8x8 doesn't fit" in error(lambda: initialized("e", random_model(in_channels=3)))
+
+
+def test_init_takes_rows_by_name(tmp_path, capsys):
+    """Cat and dog in another order, and a fox."""
+    def animals(name, *classes):
+        folder = image_folder(tmp_path / name, 2 * len(classes), classes)
+        prepare(folder, tmp_path / f"{name}-16", "--vae", "none")
+        return tmp_path / f"{name}-16"
+    flags = "--model", "SiT-T/2", "--steps", 1
+    first = train("SiT", tmp_path / "a", "--data", animals("two", "dog", "cat"), *flags)
+    assert first["classes"] == ["cat", "dog"]
+    capsys.readouterr()
+    second = train("SiT", tmp_path / "b", "--data", animals("three", "dog", "bat", "fox"),
+                   "--init", tmp_path / "a", "--steps", 1, "--lr", 1e-12)
+    assert "has 1 of 3 classes, by name\nnew classes: bat, fox\n" in capsys.readouterr().out
+    old, new = (run["ema"]["y_embedder.embedding_table.weight"] for run in (first, second))
+    torch.testing.assert_close(new[[1, 3]], old[[1, 2]])  # dog, and the empty class
+    assert (new[0] - old[0]).abs().min() > 0 and second["config"]["model"] == "SiT-T/2"
 
 
 @pytest.mark.parametrize("vae", [False, True])

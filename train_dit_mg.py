@@ -201,7 +201,8 @@ def train(args, data, rank, world, device):
     saved, lines = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
     torch.manual_seed(args.seed)
     if args.init and not saved:
-        model, lines = checkpoints.initialize_from(args.init, args.model, shape)
+        model, lines = checkpoints.initialize_from(args.init, args.model, shape,
+                                                     data.classes)
     else:
         model = models.create_model(args.model, **shape)
     if model.kind != KIND:
@@ -463,7 +464,7 @@ def parse_args(argv):
         help="guide only this share of samples, 1/P times as much: cheaper [%(default)s]")
     add = p.add_argument_group("training").add_argument
     add("--data", default="digits", help="digits, or a folder made by data.py [%(default)s]")
-    add("--model", help=f"{KIND}-{{T,S,B,L,XL}}/{{2,4,8}} [preset]")
+    add("--model", help=f"{KIND}-{{T,S,B,L,XL}}/{{2,4,8}} [that of --init, or preset]")
     add("--init", metavar="CKPT",
         help=f"start from these weights; w ramps up over --steps / 4, at most {RAMP} [random]")
     add("--steps", type=positive, metavar="N", help="training steps in all [preset]")
@@ -491,6 +492,11 @@ def parse_args(argv):
     add("--out", metavar="DIR", help="output folder [out/MODEL-DATA-wW]")
     args = p.parse_args(argv)
     data = Data(args.data)
+    if args.init and args.model is None:
+        _, config = checkpoints.load_checkpoint(args.init)
+        args.model = config["model"]
+        if config["kind"] != KIND:
+            p.error(f"--init {args.init}: is a {args.model}; this script trains a {KIND}")
     args.new_lr = args.lr  # of a run that resumes; None: it keeps its own
     for key, value in PRESETS[data.kind].items():
         if getattr(args, key) is None:
