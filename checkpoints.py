@@ -13,14 +13,19 @@ import pickle
 import re
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath
 
+import numpy as np
 import torch
 
 import models
 import runtime
 from runtime import UserError
 
+# What training files hold besides tensors: flags as a Namespace, with paths and numpy's scalars.
+SCALAR, _ = np.float64(0).__reduce__()
+KINDS = [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")]
+PLAIN = [argparse.Namespace, PosixPath, np.dtype, SCALAR, *KINDS]
 SHAPE = ("input_size", "in_channels", "num_classes", "scale_aware")
 
 
@@ -46,13 +51,14 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        # The training scripts of DiT, SiT and REPA keep their flags as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it then refuses
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             state.keys()
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a checkpoint, or it has code, which is never run") from None
+    except pickle.UnpicklingError as e:
+        held = re.search(r"GLOBAL (\S+)", str(e))
+        raise UserError(f"{path}: not a checkpoint, or it has code, which is never run "
+                        f"({held[1] if held else 'not a pickle of tensors'})") from None
     except Exception as e:  # noqa: BLE001  torch.load raises anything for a broken file
         raise UserError(f"{path}: truncated, or not a checkpoint ({type(e).__name__})") from None
     return state
@@ -220,16 +226,21 @@ def from_public(checkpoint, weights, path):
     """The state dict and config of a public file. Its size is read from the tensors.
 
     DiT's and SiT's files are bare state dicts; their training scripts write "model", "ema", "opt"
-    and "args"; REPA's and MG's files have "ema". REPA's and MG's SiT follow our convention, without
-    variance channels. SiT's own has them, its t' = 1 - t runs from noise to data, and its v' is -v.
-    Both are linear in a weight, so the weights are changed, here and nowhere else.
+    and "args"; REPA's and MG's files have "ema"; others' may have "model" or "state_dict" alone.
+
+    REPA's and MG's SiT follow our convention, without variance channels. In SiT's own code, whose
+    files have these channels or its flags, t' = 1 - t runs from noise to data, and v' is -v. Both
+    are linear in a weight, so the weights are changed, here and nowhere else.
     """
-    nested = "ema" in checkpoint
     flags = checkpoint.get("args")
-    state = checkpoint.get(weights) if nested else checkpoint
+    state = checkpoint
+    if {"ema", "model", "state_dict"} & checkpoint.keys():
+        state = checkpoint.get(weights, checkpoint.get("model", checkpoint.get("state_dict")))
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{path}: not a checkpoint with {weights} weights")
-    state = {key: x for key, x in state.items() if not str(key).startswith("projectors.")}  # REPA's
+    # The wrappers' prefixes; REPA's projectors, which only its training needs.
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): x for key, x in state.items()}
+    state = {key: x for key, x in state.items() if not key.startswith("projectors.")}
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         tokens = state["pos_embed"].shape[1]
@@ -244,19 +255,27 @@ def from_public(checkpoint, weights, path):
                         f"linear and velocity are known here")
     depth = sum(key.endswith(".attn.qkv.weight") for key in state)
     size = size_name(depth, width, None, path)
-    if outputs == channels:
-        kind = "SiT"
-    elif outputs == 2 * channels:
-        hint = f"{getattr(flags, 'model', '')} {path.name}".lower()
-        kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)]
+    hint = f"{getattr(flags, 'model', '')} {path.name}".lower()
+    kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)]
+    # SiT's flags are spelt Linear and velocity, REPA's and MG's linear and v.
+    sits_own = path_type == "Linear" and prediction == "velocity"
+    if outputs == 2 * channels:
         if len(kinds) != 1:
             raise UserError(f"{path}: DiT's and SiT's files look alike; rename it, so that it has "
                             f"exactly one of DiT and SiT in its name")
-        kind = kinds[0]
-    else:
+        kind, = kinds
+        sits_own = kind == "SiT"
+    elif outputs != channels:
         raise UserError(f"{path}: has {outputs} output channels for {channels} of the input; DiT "
                         f"and SiT have as many, or twice as many")
-    if kind == "SiT" and outputs == 2 * channels:
+    elif kinds == ["DiT"]:
+        raise UserError(f"{path}: a DiT without variance channels, which is not known here")
+    elif flags is None and "ema" not in checkpoint:
+        raise UserError(f"{path}: its tensors don't tell which way t runs; as in REPA's and MG's "
+                        f"files, the weights must be under ema, or beside args as in SiT's")
+    else:
+        kind = "SiT"
+    if sits_own:
         cos, sin = state["t_embedder.mlp.0.weight"].float().chunk(2, 1)            # (D, 128) each
         # With f(1-t) for the angle ft: cos f(1-t) = cos f cos ft + sin f sin ft, and
         # sin f(1-t) = sin f cos ft - cos f sin ft.
@@ -264,8 +283,8 @@ def from_public(checkpoint, weights, path):
         turned = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
         state["t_embedder.mlp.0.weight"] = torch.cat(turned, 1)
         for key in "final_layer.linear.weight", "final_layer.linear.bias":
-            halves = state[key].unflatten(0, (patch ** 2, 2, channels))
-            state[key] = -halves[:, 0].flatten(0, 1)  # the second half was never trained
+            parts = state[key].unflatten(0, (patch ** 2, -1, channels))
+            state[key] = -parts[:, 0].flatten(0, 1)  # variance channels, if any, were never trained
     return state, {
         "model": f"{kind}-{size}/{patch}", "input_size": round(tokens ** 0.5) * patch,
         "in_channels": channels, "num_classes": rows - 1, "scale_aware": False,

@@ -955,7 +955,8 @@ def test_bad_checkpoints(checkpoint, tmp_path):
                         ("numbers", {0: torch.ones(2)})):
         torch.save(state, tmp_path / f"{name}.pt")
     for name, says in (("cut", "truncated"), ("none", "no such"), ("list", "not a checkpoint"),
-                       ("other", "not a checkpoint"), ("evil", "never run"),
+                       ("other", "not a checkpoint"),
+                       ("evil", f"never run ({os.system.__module__}.system)"),
                        ("lacking", "blocks.2.mlp.fc1.bias"),
                        ("folder", "DiTPipeline"), ("nano", "not a whole checkpoint"),
                        ("numbers", "not a checkpoint")):
@@ -971,20 +972,27 @@ def public_file(path, layout, args=None):
     state = dict(model.state_dict())
     if layout == "sit":
         double_channels(state)
+    if layout == "ddp":
+        state = {f"module._orig_mod.{key}": x for key, x in state.items()}
     if layout == "repa":
         state |= {"projectors.0.0.weight": torch.ones(3, 3)}
     if args:
         state = {"model": state, "ema": state, "opt": {}, "args": argparse.Namespace(**args)}
-    elif layout in ("repa", "mg"):
+    elif layout in ("repa", "mg", "ddp"):
         state = {"ema": state, "steps": 4}
     torch.save(state, path)
-    return (lambda x, t, y: -model(x, 1 - t, y)) if layout == "sit" else model
+    return (lambda x, t, y: -model(x, 1 - t, y)) if layout in ("sit", "sit without variance") else (
+        model)
 
 
 @pytest.mark.parametrize(("layout", "name", "args"), [
     ("dit", "DiT-XL-2-512x512.pt", None), ("dit", "0400000.pt", {"model": "DiT-S/8"}),
     ("sit", "SiT-XL-2-256x256.pt", None), ("mg", "sit-mg.pt", None), ("repa", "last.pt", None),
     ("sit", "04.pt", {"model": "SiT-S/8", "path_type": "Linear", "prediction": "velocity"}),
+    ("sit without variance", "04.pt",
+     {"model": "SiT-S/8", "path_type": "Linear", "prediction": "velocity", "seed": np.int64(3),
+      "lr": np.float32(1e-4), "out": Path("results")}),
+    ("ddp", "last.pt", None),
     ("repa", "04.pt", {"model": "SiT-S/8", "path_type": "linear", "prediction": "v"})])
 def test_public_files_mean_what_they_meant(layout, name, args, tmp_path):
     original = public_file(tmp_path / name, layout, args)
@@ -1007,6 +1015,18 @@ def test_public_files_of_another_kind_are_refused(wrong, tmp_path):
     args = {"path_type": "Linear", "prediction": "v"} | {wrong: "GVP"}
     public_file(tmp_path / "04.pt", "sit", args)
     assert says[wrong] in error(lambda: load_checkpoint(tmp_path / "04.pt"))
+
+
+def test_files_that_name_no_convention(tmp_path):
+    """Weights alone: a SiT's could be SiT's or REPA's, and a DiT needs its variance channels."""
+    state = random_model("SiT-S/8", 16, 4, 7).state_dict()
+    for key in "model", "state_dict":
+        torch.save({key: random_model("DiT-S/8", 16, 4, 7).state_dict()}, tmp_path / "DiT.pt")
+        assert load_checkpoint(tmp_path / "DiT.pt")[1]["model"] == "DiT-S/8"
+        torch.save({key: state}, tmp_path / "last.pt")
+        assert "which way t runs" in error(lambda: load_checkpoint(tmp_path / "last.pt"))
+    torch.save({"ema": state}, tmp_path / "DiT.pt")
+    assert "without variance" in error(lambda: load_checkpoint(tmp_path / "DiT.pt"))
 
 
 def test_round_trip_through_diffusers(tmp_path):
