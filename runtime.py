@@ -241,6 +241,7 @@ def atomic(path):
         cause = e if isinstance(e, OSError) else e.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(cause.errno, f"can't be written: {cause.strerror}", str(path)) from None
+        reason = f"can't be written: {cause.strerror or cause}"
+        raise OSError(cause.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
