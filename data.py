@@ -220,7 +220,7 @@ def fill(folder, info, make, *, free=()):
     """
     folder = Path(folder)
     rank, world = runtime.ranks()
-    with runtime.locked(folder) if rank == 0 else contextlib.nullcontext():
+    with runtime.locked(folder):
         if rank == 0:
             begin(folder, json.loads(json.dumps(info)), free)
         runtime.barrier()

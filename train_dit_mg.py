@@ -11,7 +11,6 @@ Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Peebles &
 Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models".
 """
 # ================================================ the same in train_dit_mg.py and train_sit_mg.py
-import contextlib
 import copy
 import functools
 import math
@@ -201,8 +200,7 @@ def train(args, data, rank, world, device):
     saved, lines = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
     torch.manual_seed(args.seed)
     if args.init and not saved:
-        model, lines = checkpoints.initialize_from(args.init, args.model, shape,
-                                                     data.classes)
+        model, lines = checkpoints.initialize_from(args.init, args.model, shape, data.classes)
     else:
         model = models.create_model(args.model, **shape)
     if model.kind != KIND:
@@ -555,8 +553,7 @@ def describe(args, data):
 def main(argv=None):
     args, data = parse_args(argv)
     rank, world, device = runtime.setup()
-    lock = runtime.locked(args.out) if rank == 0 else contextlib.nullcontext()
-    with lock, runtime.handlers_kept():
+    with runtime.locked(args.out), runtime.handlers_kept():
         train(args, data, rank, world, device)
 
 

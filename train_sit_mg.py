@@ -10,7 +10,6 @@ The algorithm is mg_loss(), and the step in train(). The same command resumes.
 Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"; Ma et al. 2024 (SiT).
 """
 # ================================================ the same in train_dit_mg.py and train_sit_mg.py
-import contextlib
 import copy
 import functools
 import math
@@ -164,8 +163,7 @@ def train(args, data, rank, world, device):
     saved, lines = checkpoints.read_last(out / "ckpt.pt", config, args.steps)
     torch.manual_seed(args.seed)
     if args.init and not saved:
-        model, lines = checkpoints.initialize_from(args.init, args.model, shape,
-                                                     data.classes)
+        model, lines = checkpoints.initialize_from(args.init, args.model, shape, data.classes)
     else:
         model = models.create_model(args.model, **shape)
     if model.kind != KIND:
@@ -518,8 +516,7 @@ def describe(args, data):
 def main(argv=None):
     args, data = parse_args(argv)
     rank, world, device = runtime.setup()
-    lock = runtime.locked(args.out) if rank == 0 else contextlib.nullcontext()
-    with lock, runtime.handlers_kept():
+    with runtime.locked(args.out), runtime.handlers_kept():
         train(args, data, rank, world, device)
 
 
