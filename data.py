@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 data.py imagenet/train --size 256 --out latents-256
 
 FOLDER holds one folder of images a class. Interrupted, the same command goes on where it was.
+Images that can't be read are left out, and listed at the end.
 """
 import contextlib
 import functools
@@ -13,6 +14,8 @@ import json
 import math
 import os
 import shlex
+import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,18 +27,23 @@ import models
 import runtime
 from runtime import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
+            ".tiff", ".ppm", ".pgm")
+DONE = b"\1"  # marks of a row in FOLDER/progress: written,
+BAD = b"\2"   # or without a value
 
 
 class Data:
     """The images that a run trains on: Data("digits"), or Data(DIR) of `python data.py`.
 
-    DIR/x.npy holds pixels, uint8 (N, H, W, 3), or latents, float16 (N, 2, 2, c, h, w): plain and
-    flipped (--no-flip: plain alone), mean and std. It is in the order of the classes.
+    DIR/x.npy holds pixels, uint8 (M, H, W, 3), or latents, float16 (M, 2, 2, c, h, w): plain and
+    flipped (--no-flip: plain alone), mean and std. It is in the order of the classes; rows of
+    images that couldn't be read are never drawn.
 
     kind: "digits", "pixels" or "latents"; shape: (C, H, W) of x0; classes: their names
-    labels: int64 (N,); images: the array, for pixels and digits uint8 (N, H, W, C)
-    source, size: the folder of images, and to how many pixels they were cropped
+    images: the array, for pixels and digits uint8 (M, H, W, C); rows: int64 (N,), those to draw
+    labels: int64 (N,); size: to how many pixels images were cropped
+    source, files: the folder of images, and all M paths in it (None: of an earlier edition)
     vae: the VAE's name, None for pixels; identity: what a resumed run compares
     UserError: one line that names --data.
     """
@@ -49,8 +57,10 @@ class Data:
             self.flip = False
             self.vae = None
             self.source = None
+            self.files = None
             self.size = 8
             self.images, self.labels = digits()
+            self.rows = np.arange(len(self.labels))
             self.classes = [*"0123456789"]
             self.shape = (1, 8, 8)
             self.identity = "digits"
@@ -69,10 +79,13 @@ class Data:
             self.vae = info["vae"]
             self.source = info["source"]
             self.size = info["size"]
-            self.labels = np.repeat(np.arange(len(self.classes)), info["counts"])
+            self.files = info.get("files")
+            labels = np.repeat(np.arange(len(self.classes)), info["counts"])
             self.identity = [info[key] for key in ("images_sha256", "vae_sha256", "size", "flip")]
         except KeyError:
             raise UserError(f"--data {name}: not a folder that data.py prepared") from None
+        self.rows = np.delete(np.arange(len(labels)), info.get("bad", []))
+        self.labels = labels[self.rows]
         self.shape = (3, self.size, self.size) if self.kind == "pixels" else self.images.shape[3:]
 
     def __len__(self):
@@ -96,10 +109,11 @@ class Data:
         """
         index = np.asarray(index)
         flip = np.zeros(len(index), bool) if flip is None or not self.flip else np.asarray(flip)
+        rows = self.rows[index]
         if self.kind == "latents":
-            x = self.images[index, flip.astype(int)]  # reads only the chosen view
+            x = self.images[rows, flip.astype(int)]  # reads only the chosen view
         else:
-            x = self.images[index]
+            x = self.images[rows]
             x[flip] = x[flip, :, ::-1]
         x = torch.from_numpy(x)
         y = torch.from_numpy(self.labels[index])
@@ -110,6 +124,13 @@ class Data:
             return x.permute(0, 3, 1, 2) / 127.5 - 1, y
         mean, std = x.float().unbind(1)
         return (mean if posterior is None else mean + std * posterior), y
+
+    def originals(self):
+        """The image files of the rows, in their order. UserError: their folder is gone."""
+        if not os.path.isdir(self.source):
+            raise UserError(f"--data: its images' folder {self.source} is gone; give --reference")
+        files = self.files or class_folders(self.source)[0]
+        return [os.path.join(self.source, files[row]) for row in self.rows]
 
 
 @functools.lru_cache(2)
@@ -128,25 +149,38 @@ def digits():
 # ---------------------------------------------------------------- images
 
 def read_image(path, size=None):
-    """An image file of any mode -> uint8 (H, W, 3). Alpha is dropped, as ADM does.
+    """An image file -> uint8 (H, W, 3): upright (EXIF), and on white where it is transparent.
 
+    Floats and more than 8 bits are scaled: to_8_bits().
     size: ADM's centre crop to (size, size, 3): halved by box filters, then bicubic.
-    UserError names an unreadable file.
+    UserError names a file that can't be read.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
+    Image.MAX_IMAGE_PIXELS = 2 ** 28  # PIL refuses twice as many; its own bound is a third
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-                values = np.rint(np.asarray(image) / 257).clip(0, 255)
-                image = Image.fromarray(values.astype(np.uint8))
-            if image.mode == "P":  # a palette may hold transparency
+            # Of colours with 16 bits PIL takes the upper 8, which are dark where it is really 12.
+            deep = any("RGB" in str(tile) and ";16" in str(tile) for tile in image.tile)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":  # convert() would clip at 255
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             image = image.convert("RGB")
+            if deep and np.asarray(image).max() < 16:
+                raise ValueError("12 bits stored as 16; scale it to 16 or 8")
     except Exception as e:  # noqa: BLE001  decoders raise anything
-        raise UserError(f"{path}: unreadable image ({e}); replace it, or remove it and "
-                        f"begin anew") from None
+        raise UserError(f"{path}: unreadable image ({e}); replace or remove it") from None
     if size is None:
         return np.array(image)
+    if max(image.size) > 16 * min(image.size):  # or all of a strip would be resized
+        half = 8 * min(image.size)
+        x = image.width // 2
+        y = image.height // 2
+        image = image.crop((max(0, x - half), max(0, y - half),
+                            min(image.width, x + half), min(image.height, y + half)))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -157,10 +191,29 @@ def read_image(path, size=None):
     return np.ascontiguousarray(x[top:top + size, left:left + size])
 
 
+def to_8_bits(values):
+    """Grey values, floats or whole numbers of up to 32 bits -> uint8.
+
+    White is 1 for floats up to 1, else the largest number of the least usual depth that holds them.
+    """
+    largest = values.max()
+    if not (np.isfinite(values).all() and values.min() >= 0):
+        raise ValueError("values below 0, or not finite")
+    if values.dtype.kind == "f" and largest <= 1:
+        white = 1
+    else:
+        white = next(2 ** bits - 1 for bits in (8, 10, 12, 14, 16, 32) if largest < 2 ** bits)
+    return np.rint(values * (255 / white)).astype(np.uint8)
+
+
 def list_images(folder):
-    """All images below a folder, sorted; no folder twice, as links may lead back up."""
+    """All images below a folder, and all other files, sorted. Hidden ones don't count.
+
+    No folder is entered twice, as links may lead back up.
+    """
     folder = Path(os.path.abspath(folder))
-    found = []
+    images = []
+    others = []
     seen = {parent.resolve() for parent in folder.parents} | {*folder.resolve().parents}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = Path(root).resolve()
@@ -169,29 +222,45 @@ def list_images(folder):
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(root, name) for name in files
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
+        for name in files:
+            if not name.startswith("."):
+                found = images if name.lower().endswith(SUFFIXES) else others
+                found.append(os.path.join(root, name))
+    return sorted(images), sorted(others)
 
 
 def class_folders(folder):
-    """A folder with one folder of images a class -> (paths, labels, names of the classes).
+    """A folder with one folder of images a class -> (paths, labels, classes' names, notes).
 
     Classes are sorted as numbers where all names are numbers, else as strings.
-    UserError: there is no such folder, or no images in folders of it.
+    notes: lines on what was left out. UserError: no such folder, or no images in folders of it.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give one that holds the class folders")
-    names = sorted(entry.name for entry in os.scandir(folder)
-                   if entry.is_dir() and not entry.name.startswith("."))
+    visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    names = sorted(entry.name for entry in visible if entry.is_dir())
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
-    files = {name: list_images(os.path.join(folder, name)) for name in names}
+    files = {}
+    left_out = [entry.path for entry in visible if entry.is_file()]  # of no class
+    for name in names:
+        files[name], others = list_images(os.path.join(folder, name))
+        left_out += others
+    notes = []
+    if left_out:
+        kinds = Counter(Path(path).suffix or "no suffix" for path in left_out)
+        each = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(10))
+        notes.append(f"left out {len(left_out)} files, such as {left_out[0]}: {each}")
     classes = [name for name in names if files[name]]
+    empty = [name for name in names if not files[name]]
+    if empty:
+        notes.append(f"left out {len(empty)} folders without images: {', '.join(empty[:20])}")
     if not classes:
-        raise UserError(f"{folder}: no folders of images in it; give the folder above the classes")
+        notes = [f"{folder}: no folders of images in it", *notes]
+        raise UserError("; ".join([*notes, "give the folder above the classes"]))
     paths = [path for name in classes for path in files[name]]
-    return paths, [label for label, name in enumerate(classes) for _ in files[name]], classes
+    labels = [label for label, name in enumerate(classes) for _ in files[name]]
+    return paths, labels, classes, notes
 
 
 # ---------------------------------------------------------------- an array in a folder
@@ -210,11 +279,17 @@ def read_info(folder):
                         "another folder") from None
 
 
+def write_info(folder, info):
+    with runtime.atomic(Path(folder, "data.json")) as f:
+        f.write(json.dumps(info, indent=1).encode() + b"\n")
+
+
 def fill(folder, info, make, *, free=()):
     """An array on disk, FOLDER/x.npy, of which each process makes a share. Resumes where it was.
 
     info: what the values depend on, and "shape", "dtype"; kept as FOLDER/data.json.
-    make(rows): yields the values of these rows (int64), some consecutive ones at a time.
+    make(rows): yields the values of these rows (int64), some consecutive ones at a time. A value
+        of None leaves a row at 0; data.json lists it under "bad".
     -> the array, memory-mapped. UserError: FOLDER holds another info (but for keys in `free`), or
     other files, or another process is writing it.
     """
@@ -240,17 +315,22 @@ def fill(folder, info, make, *, free=()):
                     # Written, not mapped: a full disk then is an error, not a signal.
                     try:
                         for row, value in zip(rows, values, strict=True):
-                            position = array.offset + row * value.nbytes
-                            os.pwrite(file.fileno(), value.tobytes(), position)
+                            if value is not None:
+                                position = array.offset + row * value.nbytes
+                                os.pwrite(file.fileno(), value.tobytes(), position)
                         os.fsync(file.fileno())
-                        for row in rows:  # not before the values are on the disk
-                            os.pwrite(marks.fileno(), b"\1", row)
+                        # Not before the values are on the disk.
+                        for row, value in zip(rows, values, strict=True):
+                            os.pwrite(marks.fileno(), BAD if value is None else DONE, row)
                     except OSError as e:
                         raise OSError(e.errno, e.strerror, file.name) from None
                     bar.update(len(rows))
         runtime.barrier()
-        if rank == 0:
-            progress.unlink(missing_ok=True)
+        if rank == 0 and progress.exists():
+            bad = np.flatnonzero(np.fromfile(progress, np.uint8) == ord(BAD))
+            if len(bad):
+                write_info(folder, read_info(folder) | {"bad": bad.tolist()})
+            progress.unlink()
         runtime.barrier()
     return array
 
@@ -267,10 +347,10 @@ def begin(folder, info, free):
         if other:
             raise UserError(f"{folder} was made with another {other[0]}: use the same flags and "
                             f"files to resume, or delete it")
+        info = saved | info
     elif {*os.listdir(folder)} - {"data.json.tmp", runtime.LOCK}:
         raise UserError(f"{folder}: has other files in it; give a new or an empty folder")
-    with runtime.atomic(folder / "data.json") as f:
-        f.write(json.dumps(info, indent=1).encode() + b"\n")
+    write_info(folder, info)
     if not (folder / "x.npy").exists():
         header = {"descr": info["dtype"], "fortran_order": False, "shape": tuple(info["shape"])}
         with runtime.atomic(progress) as f:  # a byte per row
@@ -292,17 +372,37 @@ def open_array(folder):
 
 # ---------------------------------------------------------------- python data.py
 
-def describe(args, paths, labels, classes, vae):
+def list_rows(args):
+    """-> (paths in FOLDER, a row each; names of the classes; notes on what was left out).
+
+    A DIR that was begun has kept its list, which holds also where a file is gone by now.
+    UserError: FOLDER has images that are not in this list.
+    """
+    paths, _, classes, notes = class_folders(args.folder)
+    above = os.path.join(os.path.abspath(args.folder), "")
+    files = [path.removeprefix(above) for path in paths]
+    info = read_info(args.out) if is_prepared(args.out) else {}
+    if "files" not in info:
+        return files, classes, notes
+    kept = set(info["files"])
+    new = [file for file in files if file not in kept]
+    if new:
+        raise UserError(f"{args.folder}: {len(new)} of its images are not those that {args.out} "
+                        f"was made from, such as {new[0]}; give another --out")
+    return info["files"], info["classes"], notes
+
+
+def describe(args, files, classes, vae):
     """What DIR/data.json says. UserError: a --size that doesn't fit the VAE."""
-    files = hashlib.sha256()
-    for path in paths:
-        files.update(os.fsencode(os.path.relpath(path, args.folder)) + b"\0")
-    for path in paths[::math.ceil(len(paths) / 1000)]:  # to read 1.28 million takes too long
-        files.update(Path(path).read_bytes())
-    info = {"kind": "pixels", "shape": [len(paths), args.size, args.size, 3], "dtype": "|u1",
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(file) + b"\0")
+    counts = Counter(file.split(os.sep)[0] for file in files)
+    info = {"kind": "pixels", "shape": [len(files), args.size, args.size, 3], "dtype": "|u1",
             "size": args.size, "flip": not args.no_flip, "classes": classes,
-            "counts": np.bincount(labels).tolist(), "images_sha256": files.hexdigest(),
-            "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None}
+            "counts": [counts[name] for name in classes], "images_sha256": digest.hexdigest(),
+            "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None,
+            "files": files}
     if vae:
         factor = models.vae_factor(vae)
         if args.size % factor:
@@ -311,29 +411,21 @@ def describe(args, paths, labels, classes, vae):
         latent = args.size // factor
         local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
-                 "shape": [len(paths), views, 2, vae.config.latent_channels, latent, latent],
+                 "shape": [len(files), views, 2, vae.config.latent_channels, latent, latent],
                  "vae": os.path.abspath(args.vae) if local else args.vae}
     return info
 
 
-def read_ahead(paths, size, batch, workers, shape=None):
-    """Yields uint8 (n, H, W, 3), up to `batch` images at a time, while the next are being read.
-
-    UserError: an image that is not of this shape, (H, W, 3), if there is no size to crop it to.
-    """
+def read_ahead(paths, batch, workers, read):
+    """Yields lists of read(path), up to `batch` at a time, while the next are being read."""
     def submit(start):
-        return [pool.submit(read_image, path, size) for path in paths[start:start + batch]]
+        return [pool.submit(read, path) for path in paths[start:start + batch]]
     with ThreadPoolExecutor(workers) as pool:
         reading = submit(0)
         for start in range(0, len(paths), batch):
             current = reading
             reading = submit(start + batch)
-            images = [image.result() for image in current]
-            for path, image in zip(paths[start:], images, strict=False):
-                if shape not in (None, image.shape):
-                    raise UserError(f"{path}: is {image.shape}, others of its folder are {shape}; "
-                                    f"make them one size")
-            yield np.stack(images)
+            yield [image.result() for image in current]
 
 
 @torch.no_grad()
@@ -368,24 +460,60 @@ def main(argv=None):
     if args.out == "digits":
         raise UserError("--out digits: is the name of the built-in data; give another")
     rank, _, device = runtime.setup()
-    paths, labels, classes = class_folders(args.folder)
+    files, classes, notes = list_rows(args)
     vae = None if args.vae == "none" else models.load_vae(args.vae, device)
-    info = describe(args, paths, labels, classes, vae)
+    info = describe(args, files, classes, vae)
     if rank == 0:
         size = math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize
         each = [f"{name} ({count})" for name, count in zip(classes, info["counts"], strict=True)]
         more = [f"and {len(each) - 20} more"] if len(each) > 20 else []
-        print(f"{len(paths)} images of {len(classes)} classes: {', '.join(each[:20] + more)}\n"
-              f"{args.out} will have {size / 1e6:.1f} MB", flush=True)
+        print(f"{len(files)} images of {len(classes)} classes: {', '.join(each[:20] + more)}",
+              *notes, f"{args.out} will have {size / 1e6:.1f} MB", sep="\n", flush=True)
+
+    def read(path):
+        try:
+            return read_image(path, args.size)
+        except UserError as e:
+            if not os.path.isdir(args.folder):  # not one bad image, but all of them are gone
+                raise UserError(f"{args.folder}: is gone; run the same command again") from None
+            print(f"data.py: left out: {e}", file=sys.stderr, flush=True)
+            return None
 
     def make(rows):
-        files = [paths[row] for row in rows]
-        for images in read_ahead(files, args.size, args.batch, args.workers):
-            yield encode_views(vae, images, info["flip"]) if vae else images
+        paths = [os.path.join(args.folder, files[row]) for row in rows]
+        for values in read_ahead(paths, args.batch, args.workers, read):
+            readable = [image for image in values if image is not None]
+            if vae and readable:
+                latents = iter(encode_views(vae, np.stack(readable), info["flip"]))
+                values = [None if image is None else next(latents) for image in values]
+            yield values
     fill(args.out, info, make, free=("source", "vae"))
     if rank == 0:
-        print(f"{args.out} is complete. Next: torchrun train_sit_mg.py --data "
-              f"{shlex.quote(args.out)}")
+        print(*report(args.out, files), sep="\n")
+
+
+def report(folder, files):
+    """Writes preview.png of pixels. Yields lines: which images were left out, what comes next."""
+    from sample import save_classes
+    prepared = Data(folder)
+    bad = np.delete(np.arange(len(files)), prepared.rows)
+    if len(bad):
+        yield (f"left out {len(bad)} of {len(files)} images, which can't be read (mended ones need "
+               f"a new --out): " + ", ".join(files[row] for row in bad[:20]))
+    counts = np.bincount(prepared.labels, minlength=len(prepared.classes))
+    for row in np.flatnonzero(counts == 0):
+        yield f"warning: no image of class {prepared.classes[row]} can be read"
+    if not len(prepared):
+        raise UserError(f"{folder}: none of its images can be read")
+    yield f"{folder} is complete"
+    if prepared.kind == "pixels":
+        preview = os.path.join(folder, "preview.png")
+        save_classes(prepared.images, torch.from_numpy(prepared.labels), preview, prepared.rows)
+        yield f"look at {preview}"
+    flags = "--w 1.5 --teacher online --guide-share 0.25"
+    if prepared.kind == "pixels" and prepared.size > 64:
+        flags += " --eval-samples 0"
+    yield f"next: torchrun train_sit_mg.py --data {shlex.quote(folder)} {flags}"
 
 
 if __name__ == "__main__":

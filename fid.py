@@ -311,6 +311,7 @@ class Images:
         self.name = name = os.fspath(source) if is_path else "the array"
         self.array = self.files = self.size = self.labels = None
         by_class = False
+        rows = None
         if not is_path:
             self.array = np.asarray(source)
         elif name == "digits" or data.is_prepared(name):
@@ -320,13 +321,12 @@ class Images:
             by_class = True
             if prepared.vae is None:
                 self.array = prepared.images
-            elif os.path.isdir(prepared.source):
-                self.files, _, _ = data.class_folders(prepared.source)
-                self.size = prepared.size
+                rows = prepared.rows
             else:
-                raise UserError(f"{name}: its source {prepared.source} is gone; give --reference")
+                self.files = prepared.originals()
+                self.size = prepared.size
         elif os.path.isdir(name):
-            self.files = data.list_images(name)
+            self.files, _ = data.list_images(name)
             if real and os.path.abspath(name) not in map(os.path.dirname, self.files):
                 by_class = True
                 self.size = size
@@ -336,7 +336,7 @@ class Images:
             shape = (len(self.files), *first.shape)
             dtype = first.dtype
         elif self.array is not None:
-            shape = self.array.shape
+            shape = self.array.shape if rows is None else (len(rows), *self.array.shape[1:])
             dtype = self.array.dtype
         else:
             headers = npz_headers(name)
@@ -350,10 +350,19 @@ class Images:
             self.array = npz_array(name, "arr_0")
             if headers.get("labels") == (shape[:1], np.int64):
                 self.labels = np.array(npz_array(name, "labels"))
-        self.count = shape[0]
+        self.order = np.arange(shape[0]) if rows is None else rows
+        if by_class:
+            self.order = np.random.RandomState(0).permutation(self.order)
+        self.count = len(self.order)
         self.shape = tuple(shape[1:])
-        order = np.random.RandomState(0).permutation if by_class else np.arange
-        self.order = order(self.count)
+
+    def read(self, path):
+        """An image of the folder. UserError: it is of another shape than the first."""
+        image = data.read_image(path, self.size)
+        if image.shape != self.shape:
+            raise UserError(f"{path}: is {image.shape}, others of its folder are {self.shape}; "
+                            f"make them one size")
+        return image
 
     def batches(self, batch, rank=0, world=1):
         """Yields (rows (b,) int64, images (b, C, H, W)): the rows rank::world, in order."""
@@ -361,7 +370,8 @@ class Images:
         parts = [rows[i:i + batch] for i in range(0, len(rows), batch)]
         if self.files:
             paths = [self.files[i] for i in self.order[rows]]
-            arrays = data.read_ahead(paths, self.size, batch, min(8, os.cpu_count()), self.shape)
+            read = data.read_ahead(paths, batch, min(8, os.cpu_count()), self.read)
+            arrays = map(np.stack, read)
         else:
             arrays = (self.array[self.order[part]] for part in parts)
         for part, x in zip(parts, arrays, strict=True):

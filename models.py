@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from runtime import UserError
 
-# depth, width, heads (DiT, Table 1; T is ours, for scikit-learn's 8x8 digits)
+# depth, width, heads (DiT, Table 1; T and XS are ours, for digits and small colour images)
 SIZES = {
     "T": (4, 64, 4),
+    "XS": (6, 192, 3),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -38,7 +39,7 @@ def schedule(device):
 def create_model(name, *, input_size, in_channels, num_classes, scale_aware=False):
     """The network of that name with DiT's initialisation.
 
-    name: "{DiT,SiT}-{T,S,B,L,XL}/{2,4,8}": kind, size, patch.
+    name: "{DiT,SiT}-{T,XS,S,B,L,XL}/{2,4,8}": kind, size, patch.
     input_size, in_channels: height (= width) and channels of x, which may be latents.
     num_classes: without the empty class, which is label num_classes.
     scale_aware: the network also takes the guidance scale w (Eq. 21).

@@ -258,13 +258,19 @@ def save_grid(images, path, columns):
         Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(f, format="png")
 
 
-def save_classes(images, labels, path):
-    """Up to ten classes of what was drawn, a row of up to ten images each, as a PNG."""
-    rows = labels.unique()
-    rows = rows[torch.linspace(0, len(rows) - 1, min(10, len(rows))).long()]
-    columns = min(10, min(int((labels == row).sum()) for row in rows))
-    picked = torch.cat([(labels == row).nonzero()[:columns, 0] for row in rows])
-    save_grid(images[picked], path, columns)
+def save_classes(images, labels, path, rows=None):
+    """Up to ten classes, a row of up to ten images each, as a PNG.
+
+    images: uint8 (M, H, W, C); labels: int64 (N,); rows: int64 (N,), where their images are.
+    """
+    rows = np.arange(len(labels)) if rows is None else rows
+    classes = labels.unique()
+    classes = classes[torch.linspace(0, len(classes) - 1, min(10, len(classes))).long()]
+    found = [images[rows[labels == label][:10]] for label in classes]
+    columns = max(map(len, found))
+    blank = ((0, 0), (0, 0), (0, 0))
+    filled = [np.pad(x, ((0, columns - len(x)), *blank), constant_values=255) for x in found]
+    save_grid(np.concatenate(filled), path, columns)
 
 
 # ---------------------------------------------------------------- command line

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1110,10 +1112,132 @@ def test_read_image_is_adms_crop_of_any_mode(tmp_path):
     assert "broken.png: unreadable" in error(lambda: data.read_image(tmp_path / "broken.png"))
 
 
+def png_of_16_bits(x):
+    """The bytes of a PNG with three channels of 16 bits, which PIL can't write: x (H, W, 3)."""
+    def chunk(kind, content):
+        return (struct.pack(">I", len(content)) + kind + content
+                + struct.pack(">I", zlib.crc32(kind + content)))
+    header = struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, 2, 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in x)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+def test_images_that_other_programs_write(tmp_path, monkeypatch):
+    """Upright, on white, scaled to 8 bits; never black without a word, nor slow for its shape."""
+    from PIL import Image
+    path = tmp_path / "a.png"
+
+    def read(image, size=None, **options):
+        image.save(path, **options)
+        return data.read_image(path, size)
+    x = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees, clockwise
+    np.testing.assert_array_equal(read(Image.fromarray(x), exif=exif), np.rot90(x, -1))
+    ramp = np.arange(256).reshape(16, 16)
+    want = np.stack([ramp] * 3, 2)
+    twelve = np.rint(ramp * (4095 / 255)).astype(np.uint16)
+    np.testing.assert_array_equal(read(Image.fromarray(twelve)), want)
+    for white in 1, 255, 65535:
+        values = (ramp * (white / 255)).astype(np.float32)
+        Image.fromarray(values).save(tmp_path / "float.tiff")
+        np.testing.assert_array_equal(data.read_image(tmp_path / "float.tiff"), want)
+    Image.fromarray(values - 9).save(tmp_path / "float.tiff")
+    assert "values below 0" in error(lambda: data.read_image(tmp_path / "float.tiff"))
+    path.write_bytes(png_of_16_bits(want * 257))
+    np.testing.assert_array_equal(data.read_image(path), want)
+    path.write_bytes(png_of_16_bits(want * 16))
+    assert "12 bits stored as 16" in error(lambda: data.read_image(path))
+    # Half transparent black is grey; what is hidden under alpha 0 is white.
+    layers = np.zeros((1, 3, 4), np.uint8)
+    layers[0, :, 3] = 255, 102, 0
+    layers[0, 2, :3] = 200
+    clear = Image.fromarray(layers)
+    assert read(clear)[0, :, 0].tolist() == [0, 153, 255]
+    assert read(clear.convert("LA"))[0, :, 0].tolist() == [0, 153, 255]
+    grey = Image.fromarray(np.uint8([[0, 7]]))
+    assert read(grey, transparency=7)[0, :, 1].tolist() == [0, 255]
+    assert read(grey.convert("P"), transparency=7)[0, :, 1].tolist() == [0, 255]
+    # A strip is cut before it is enlarged; a page of one bit is no bomb.
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *how: (
+        sizes.append(size), resize(image, size, *how))[1])
+    strip = np.zeros((1, 20000), np.uint8)
+    strip[:, 9999:10001] = 255
+    got = read(Image.fromarray(strip), 64)
+    assert got[0, [0, 20, 43, 63], 0].tolist() == [255] * 4 and max(sizes) == (1024, 64)
+    assert read(Image.new("1", (14000, 14000), 1), 8).min() == 255
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    """Other files and empty folders; the suffixes of JPEG and AVIF are images."""
+    from PIL import Image
+    image = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "none").mkdir()
+    for name in "1.jfif", "2.jpe", "3.AVIF":
+        image.save(tmp_path / "a" / name, format="AVIF" if "AVIF" in name else "JPEG")
+    for name in "a/x.heic", "a/y.heic", "a/.hidden", "note.txt":
+        (tmp_path / name).touch()
+    paths, labels, classes, notes = data.class_folders(tmp_path)
+    assert classes == ["a"] and labels == [0, 0, 0]
+    assert [data.read_image(path).shape for path in paths] == [(4, 4, 3)] * 3
+    assert "left out 3 files" in notes[0] and ".heic (2), .txt (1)" in notes[0]
+    assert "1 folders without images: none" in notes[1]
+    shutil.rmtree(tmp_path / "none")
+    for path in paths:
+        os.remove(path)
+    assert ".heic (2)" in error(lambda: data.class_folders(tmp_path))
+
+
+@pytest.mark.parametrize("vae", [False, True])
+def test_damaged_images_are_left_out(vae, tmp_path, capsys):
+    """Also those that go while data.py is interrupted; on any number of processes."""
+    folder = image_folder(tmp_path / "images")
+    if vae:
+        tiny_vae(tmp_path)
+    flags = "--vae", tmp_path / "vae" if vae else "none", "--batch", 2
+    whole = prepare(folder, tmp_path / "whole", *flags)
+    (folder / "class1" / "3.png").write_bytes(b"cut")
+
+    def killed(_):
+        os.pwrite = before(os.pwrite, 5, lambda *_: kill())
+        prepare(folder, tmp_path / "out", *flags)
+    fork(killed, status=-signal.SIGKILL)
+    (folder / "class0" / "6.png").unlink()
+    capsys.readouterr()
+    got = prepare(folder, tmp_path / "out", *flags)
+    text = capsys.readouterr().out
+    assert "left out 2 of 7" in text and "class0/6.png, class1/3.png" in text
+    assert got.classes == whole.classes and got.identity == whole.identity
+    bad = [got.files.index("class0/6.png"), got.files.index("class1/3.png")]
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["bad"] == bad
+    good = np.delete(np.arange(7), bad)
+    assert len(got) == 5 and got.index(0, 0, 5).sort().values.tolist() == [*range(5)]
+    x, y = got.get(np.arange(5))
+    want, labels = whole.get(good)
+    assert torch.equal(x, want) and torch.equal(y, labels)
+    images = fid.Images(tmp_path / "out", real=True, size=16)  # pixels, or the originals
+    assert images.count == 5
+    _, pixels = next(images.batches(5))
+    read = [data.read_image(folder / whole.files[row], 16) for row in good]
+    assert sorted(x.numpy().tobytes() for x in pixels.permute(0, 2, 3, 1)) == sorted(
+        x.tobytes() for x in read)
+    assert (tmp_path / "out" / "preview.png").exists() is not vae
+    fork(lambda _: prepare(folder, tmp_path / "two", *flags, "--batch", 3), 2)
+    two = data.Data(tmp_path / "two")  # of what is in the folder now
+    assert two.files == [file for file in whole.files if file != "class0/6.png"]
+    assert torch.equal(two.get(np.arange(5))[0], want)
+    folder.rename(tmp_path / "moved")
+    assert "no such folder" in error(data.main, folder, "--size", 16, "--out", tmp_path / "out")
+
+
 def test_classes_of_numbers_are_sorted_as_numbers(tmp_path):
     for name in [*map(str, range(12)), "007"]:
         save_image(tmp_path / name / "a.png", np.zeros((4, 4, 3), np.uint8))
-    paths, labels, classes = data.class_folders(tmp_path)
+    paths, labels, classes, _ = data.class_folders(tmp_path)
     assert classes == [*map(str, range(7)), "007", *map(str, range(7, 12))]
     assert labels == [*range(13)] and Path(paths[12]).parent.name == "11"
     save_image(tmp_path / "1b" / "a.png", np.zeros((4, 4, 3), np.uint8))
@@ -1140,7 +1264,7 @@ def test_links_in_image_folders(tmp_path):
         (folder / link).symlink_to(target)
     (folder / "empty").mkdir()
     (folder / ".hidden").mkdir()
-    paths, labels, classes = data.class_folders(folder)
+    paths, labels, classes, _ = data.class_folders(folder)
     assert classes == ["class0", "class1", "class2"] and np.bincount(labels).tolist() == [4, 3, 2]
     assert len(set(paths)) == 9 and paths == sorted(paths)
 
@@ -1204,8 +1328,8 @@ def test_data_refuses(tmp_path, capsys):
     assert "class0 (" in capsys.readouterr().out
     assert "another shape" in refused(size=8)
     assert "another flip" in refused(more=["--no-flip"])
-    shutil.copy(folder / "class0" / "2.png", folder / "class0" / "0.png")
-    assert "another images_sha256" in refused()
+    shutil.copy(folder / "class0" / "2.png", folder / "class0" / "new.png")
+    assert "such as class0/new.png; give another --out" in refused()
     assert "neither digits nor prepared" in error(lambda: data.Data(folder))
     os.truncate(out / "x.npy", 300)
     assert "x.npy is missing or damaged" in error(lambda: data.Data(out))

@@ -425,7 +425,7 @@ def parse_args(argv):
         help="guide only this share of samples, 1/P times as much: cheaper [%(default)s]")
     add = p.add_argument_group("training").add_argument
     add("--data", default="digits", help="digits, or a folder made by data.py [%(default)s]")
-    add("--model", help=f"{KIND}-{{T,S,B,L,XL}}/{{2,4,8}} [that of --init, or preset]")
+    add("--model", help=f"{KIND}-{{T,XS,S,B,L,XL}}/{{2,4,8}} [that of --init, or preset]")
     add("--init", metavar="CKPT",
         help=f"start from these weights; w ramps up over --steps / 4, at most {RAMP} [random]")
     add("--steps", type=positive, metavar="N", help="training steps in all [preset]")
