@@ -2,7 +2,7 @@
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz      # one of ADM's references
     python fid.py a.npz b.npz imagenet/train                       # a row each; or data.py's folder
-    python fid.py samples.npz digits                               # in a small CNN's features
+    python fid.py samples.npz photos-32                            # in a small CNN's features
     torchrun --nproc-per-node 8 fid.py samples.npz reference.npz   # split over GPUs, same figures
 
 The evaluator is openai/guided-diffusion's. Images are uint8, HWC in files and CHW in tensors.
@@ -32,7 +32,9 @@ from runtime import UserError
 
 MANIFOLD = 10_000  # real images that precision and recall look at (ADM)
 SPLIT = 5_000      # images in a split of the Inception Score (ADM)
-DIGIT = (8, 8, 1)  # height, width and channels of a digit, which has features of its own
+WIDTH = 64         # features of the classifier
+TRAINING = 600     # steps that it is trained for
+LARGEST = 64       # it scores prepared pixels of up to so many a side, without being asked
 
 
 # ---------------------------------------------------------------- metrics
@@ -239,62 +241,98 @@ def plain_float32(device_type):
         torch.set_float32_matmul_precision(precision)
 
 
-# ---------------------------------------------------------------- the digits' network
+# ---------------------------------------------------------------- a classifier of small images
 
-class DigitsNet(nn.Module):
-    """For 8x8 digits: uint8 (N, 1, 8, 8) -> pool (N, 64), spatial (N, 128), probs (N, 10)."""
-    widths = (64, 128, 10)
+class Classifier(nn.Module):
+    """A small CNN for images of a shape (H, W, C), H = W, in K classes.
 
-    def __init__(self):
+    uint8 (N, C, H, W) -> pool (N, 64), for FD, precision and recall; spatial: none, (N, 0); probs
+    (N, K), for the accuracy.
+    """
+
+    def __init__(self, shape, classes):
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = (
-            nn.Conv2d(width, out, 3, padding=1) for width, out in ((1, 16), (16, 32), (32, 64)))
-        self.fc1 = nn.Linear(256, 64)
-        self.fc2 = nn.Linear(64, 10)
+        self.widths = (WIDTH, 0, classes)
+        side, _, channels = shape
+        stride = 1 if side <= 16 else 2
+        side = math.ceil(side / stride)
+        width = 16
+        self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, stride, padding=1)])
+        while side > 3:
+            wider = min(2 * width, 128)
+            self.convs.append(nn.Conv2d(width, wider, 3, padding=1))
+            width = wider
+            side //= 2
+        self.fc1 = nn.Linear(width * side ** 2, WIDTH)
+        self.fc2 = nn.Linear(WIDTH, classes)
 
     def forward(self, x):
         with plain_float32(x.device.type):
-            x = x.float() / 127.5 - 1
-            x = F.silu(self.conv1(x))                                        # ReLUs would die
-            x = F.max_pool2d(F.silu(self.conv2(x)), 2)                       # (N, 32, 4, 4)
-            spatial = x[:, :8].permute(0, 2, 3, 1).flatten(1)                # (N, 4 * 4 * 8)
-            x = F.max_pool2d(F.silu(self.conv3(x)), 2)                       # (N, 64, 2, 2)
-            pool = F.silu(self.fc1(x.flatten(1)))                            # (N, 64)
-            return pool, spatial, self.fc2(pool).softmax(1)
+            x = F.silu(self.convs[0](x.float() / 127.5 - 1))                 # ReLUs would die
+            for conv in self.convs[1:]:
+                x = F.max_pool2d(F.silu(conv(x)), 2)
+            pool = F.silu(self.fc1(x.flatten(1)))
+            return pool, pool[:, :0], self.fc2(pool).softmax(1)
 
 
-def digits_net():
-    """DigitsNet, trained for some seconds on all digits but every fifth: 98 % of those are right.
+def train_classifier(images):
+    """A Classifier of labelled Images, trained on all but every fifth; prints its accuracy there.
 
-    Kept in torch.hub's folder. Nothing of the caller's matters to the weights or is changed.
+    Nothing of the caller's matters to the weights or is changed. Rank 0 trains it for all.
+    UserError: no labels, one class, or too few images to learn from.
     """
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", "digits-cnn-v1.pt")
+    if images.array is None or images.labels is None or images.labels.min() < 0:
+        raise UserError(f"{images.name}: features classifier needs images with labels: a folder "
+                        "that data.py has prepared, digits, or an .npz with arr_0 and labels")
+    counts = np.bincount(images.labels)
+    remedy = "give --eval-samples 0, or Inception's --weights FILE"
+    if np.count_nonzero(counts) == 1:
+        raise UserError(f"{images.name}: has one class, so that no classifier can score; {remedy}")
+    place = np.argsort(images.order)  # as in the file, where classes are in order
+    held_out = place[::5]
+    others = place[np.arange(len(place)) % 5 > 0]
+    side = images.shape[0]
+    reach = side // 8
+
+    def batch(chosen):
+        x = torch.from_numpy(images.array[images.order[chosen]])
+        x = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        return x, torch.from_numpy(images.labels[chosen])
     with (plain_float32("cpu"), torch.inference_mode(False), torch.enable_grad(),
           torch.random.fork_rng(devices=[])):
         torch.default_generator.manual_seed(0)
-        net = DigitsNet()
-        with suppress(Exception):  # missing or broken
-            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            return net.requires_grad_(False)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
-        images, labels = (torch.from_numpy(x[np.arange(1797) % 5 > 0]) for x in data.digits())
-        optimizer = torch.optim.Adam(net.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=600)
-        for _ in range(600):
-            i = torch.randint(len(images), (64,))
-            dy, dx = torch.randint(3, (2,)).tolist()  # shifted by up to a pixel
-            x = F.pad(images[i, None, :, :, 0], (1, 1, 1, 1))[:, :, dy:dy + 8, dx:dx + 8]
-            optimizer.zero_grad()
-            F.cross_entropy(net.fc2(net(x)[0]), labels[i]).backward()
-            optimizer.step()
-            schedule.step()
-        torch.set_num_threads(threads)
-    with suppress(OSError):  # not writable: train again next time
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with runtime.atomic(path) as f:
-            torch.save(net.state_dict(), f)
-    return net.requires_grad_(False)
+        net = Classifier(images.shape, len(counts))
+        right = torch.zeros(1)
+        if runtime.ranks()[0] == 0:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
+            optimizer = torch.optim.Adam(net.parameters())
+            rate = 0.03 / len(net.convs)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=TRAINING)
+            for _ in range(TRAINING):
+                x, y = batch(others[torch.randint(len(others), (64,))])
+                dy, dx = torch.randint(2 * reach + 1, (2,)).tolist()  # shifted
+                x = F.pad(x, [reach] * 4)[:, :, dy:dy + side, dx:dx + side]
+                optimizer.zero_grad()
+                F.cross_entropy(net.fc2(net(x)[0]), y).backward()
+                optimizer.step()
+                schedule.step()
+            net.requires_grad_(False)
+            for chosen in np.array_split(held_out, math.ceil(len(held_out) / 500)):
+                x, y = batch(chosen)
+                right += (net(x)[2].argmax(1) == y).sum()
+            torch.set_num_threads(threads)
+    for x in (*net.requires_grad_(False).parameters(), right):
+        runtime.reduce(x.mul_(runtime.ranks()[0] == 0))
+    accuracy = right.item() / len(held_out)
+    often = counts.max() / images.count  # the accuracy of always naming the largest class
+    found = (f"a classifier of its {len(counts)} classes, trained on the others, recognises "
+             f"{accuracy:.3f} of {len(held_out)} held-out images")
+    if accuracy < often + (1 - often) / 4:
+        raise UserError(f"{images.name}: {found}: too few images to learn from; {remedy}")
+    if runtime.ranks()[0] == 0:
+        print(f"{images.name}: {found}", flush=True)
+    return net
 
 
 # ---------------------------------------------------------------- images
@@ -304,6 +342,9 @@ class Images:
 
     real: also "digits", what data.py has prepared, and class folders, cropped to size x size.
     These are sorted by class, and therefore taken in a fixed random order.
+
+    count, shape (H, W, C), labels (count,) int64 or None; order (count,): their rows in the array
+    or the list of files
     """
 
     def __init__(self, source, *, real=False, size=None):
@@ -352,7 +393,9 @@ class Images:
                 self.labels = np.array(npz_array(name, "labels"))
         self.order = np.arange(shape[0]) if rows is None else rows
         if by_class:
-            self.order = np.random.RandomState(0).permutation(self.order)
+            mixed = np.random.RandomState(0).permutation(len(self.order))
+            self.order = self.order[mixed]
+            self.labels = None if rows is None else prepared.labels[mixed]
         self.count = len(self.order)
         self.shape = tuple(shape[1:])
 
@@ -448,7 +491,8 @@ def statistics(net, images, *, batch, keep):
     """One pass of the images through net, shared out among the processes; sums are in float64.
 
     -> (stats, Inception Score, share of the images' labels that net agrees with), everywhere alike.
-    stats: mu, sigma (of pool), mu_s, sigma_s (of spatial), pool (of the first `keep` images), shape
+    stats: mu, sigma (of pool), mu_s, sigma_s (of spatial, if the network has it), pool (of the
+    first `keep` images), shape
     """
     rank, world = runtime.ranks()
     device = next(net.parameters()).device
@@ -458,7 +502,9 @@ def statistics(net, images, *, batch, keep):
               "features, the distance comes out too high", file=sys.stderr)
     # Moments are of differences from rank 0's features of the first image: so nothing cancels.
     _, first = next(images.batches(1))
-    origins = [runtime.reduce(x[0].double() * (rank == 0)) for x in net(first.to(device))[:2]]
+    names = ["", "_s"] if net.widths[1] else [""]
+    origins = [runtime.reduce(x[0].double() * (rank == 0))
+               for x in net(first.to(device))[:len(names)]]
     zeros = origins[0].new_zeros
     sums = [zeros(len(x)) for x in origins]
     products = [zeros(len(x), len(x)) for x in origins]
@@ -470,7 +516,7 @@ def statistics(net, images, *, batch, keep):
     with runtime.progress(math.ceil(count / world), images.name) as bar:
         for rows, x in images.batches(batch, rank, world):
             pool, spatial, probs = net(x.to(device))
-            for i, features in enumerate((pool, spatial)):
+            for i, features in enumerate((pool, spatial)[:len(names)]):
                 difference = features.double() - origins[i]
                 sums[i] += difference.sum(0)
                 products[i].addmm_(difference.T, difference)
@@ -484,7 +530,7 @@ def statistics(net, images, *, batch, keep):
                 right += (probs.argmax(1) == torch.from_numpy(images.labels)[rows].to(device)).sum()
             bar.update(len(rows))
     stats = {"pool": runtime.reduce(kept).cpu().numpy(), "shape": np.array(images.shape)}
-    for i, suffix in enumerate(("", "_s")):
+    for i, suffix in enumerate(names):
         mean = runtime.reduce(sums[i]) / count
         product = runtime.reduce(products[i])
         sigma = (product - count * torch.outer(mean, mean)) / (count - 1)
@@ -499,37 +545,64 @@ def statistics(net, images, *, batch, keep):
     return stats, kl.exp().mean().item(), runtime.reduce(right).item() / count
 
 
+def choose_features(reference, weights=None):
+    """Which features score against a reference that nothing else is said about.
+
+    "classifier" for digits, small prepared pixels, and statistics of its width; else "inception".
+    """
+    name = os.fspath(reference)
+    if weights is not None:
+        return "inception"
+    if data.is_prepared(name):
+        info = data.read_info(name)
+        small = info.get("vae") is None and info.get("size", math.inf) <= LARGEST
+    elif os.path.isfile(name):
+        small = npz_headers(name).get("mu", [None])[0] == (WIDTH,)
+    else:
+        small = name == "digits"
+    return "classifier" if small else "inception"
+
+
 def load_reference(reference, features="inception", *, size=None, weights=None, batch=64):
     """What evaluate() needs of the real images, read once and before anything expensive.
 
-    reference: an .npz with ADM's statistics (mu, sigma, mu_s, sigma_s) or with images, arr_0; a
+    reference: an .npz with ADM's statistics (mu, sigma; mu_s, sigma_s) or with images, arr_0; a
         folder of images, or of class folders, cropped to size; "digits"; a folder that data.py
-        has prepared, which then keeps its statistics, as inception.npz; an array of images.
-    features: "inception", or "classifier" for digits. size: height of the samples, in pixels.
-    -> a namespace: name, features, net, stats (of statistics(); ADM's lack pool and shape), shape
+        has prepared; an array of images. A prepared folder keeps its statistics, as inception.npz
+        or classifier.npz, torch.hub's folder those of the digits.
+    features: "inception", or "classifier": of a Classifier trained on these images, which need
+        labels. size: height of the samples, in pixels.
+    -> a namespace: name, features, net, stats (of statistics(), and the classifier's weights as
+    net.*; ADM's lack pool and shape), shape
     """
     if features not in ("inception", "classifier"):
         raise UserError(f"features {features}: there are inception and classifier")
-    digits = features == "classifier"
-    if weights is not None and digits:
-        raise UserError(f"--weights {weights}: these are Inception's, which digits don't use")
+    small = features == "classifier"
+    if weights is not None and small:
+        raise UserError(f"--weights {weights}: are Inception's, not for --features classifier")
     rank, _ = runtime.ranks()
     name = os.fspath(reference) if isinstance(reference, (str, os.PathLike)) else "the reference"
-    prepared = data.is_prepared(name)
-    file = os.path.join(name, "inception.npz") if prepared else name
+    kept = None
+    if data.is_prepared(name):
+        kept = os.path.join(name, f"{features}.npz")
+    elif name == "digits":
+        kept = os.path.join(torch.hub.get_dir(), "checkpoints", f"digits-{features}.npz")
+    file = kept or name
     # Rank 0 looks for all: another run may be about to write it.
     found = runtime.reduce(torch.tensor(float(rank == 0 and os.path.isfile(file))))
-    headers = npz_headers(file) if found else {}
+    headers = {}
     stats = {}
+    net = None
+    if found:
+        try:
+            headers = npz_headers(file)
+            stats, net = read_reference(file, headers, small)
+        except UserError:
+            if kept is None:
+                raise
+            headers = {}  # it is computed anew
     images = None
-    shape = DIGIT if digits else None
-    if "mu" in headers:
-        d, d_s, _ = (DigitsNet if digits else InceptionV3).widths
-        shapes = {"mu": (d,), "sigma": (d, d), "mu_s": (d_s,), "sigma_s": (d_s, d_s)}
-        if "pool" in headers:
-            rows, *_ = headers["pool"][0]
-            shapes |= {"pool": (min(rows, MANIFOLD), d), "shape": (3,)}
-        stats = read_statistics(file, headers, shapes)
+    shape = None
     if "shape" in stats:
         shape = tuple(stats["shape"].tolist())
     # ADM's files have statistics and images: precision and recall need the latter's features.
@@ -537,34 +610,69 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
     if not stats or unread_images:
         images = Images(reference, real=True, size=size)
         shape = images.shape
-    if shape and (size not in (None, shape[0]) or digits != (shape == DIGIT)):
-        raise UserError(f"{name}: its images are {shape}, unlike the samples or unfit for "
-                        f"{features} features; give a reference like the samples")
-    if rank > 0:
-        runtime.barrier()  # rank 0 downloads or trains the network first
-    net = digits_net() if digits else InceptionV3(weights)
-    if rank == 0:
-        runtime.barrier()
+    if shape and size not in (None, shape[0]):
+        raise UserError(f"{name}: its images are {shape}, unlike the samples of {size} pixels; "
+                        "give a reference like the samples")
+    if small and net is None:
+        net = train_classifier(images)
+        stats |= {f"net.{key}": x.numpy() for key, x in net.state_dict().items()}
+    elif net is None:
+        if rank > 0:
+            runtime.barrier()  # rank 0 downloads first
+        net = InceptionV3(weights)
+        if rank == 0:
+            runtime.barrier()
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     if images:
         computed, _, _ = statistics(net, images, batch=batch, keep=MANIFOLD)
         stats = computed | stats
-        if prepared and rank == 0:
-            with suppress(OSError), runtime.atomic(file) as f:  # not writable: computed anew
-                np.savez(f, **stats)
+        if kept and rank == 0:
+            with suppress(OSError):  # not writable: computed anew the next time
+                os.makedirs(os.path.dirname(kept), exist_ok=True)
+                with runtime.atomic(kept) as f:
+                    np.savez(f, **stats)
     return SimpleNamespace(name=name, features=features, net=net, stats=stats, shape=shape)
+
+
+def read_reference(file, headers, small):
+    """The statistics in an .npz with these headers, {} if it has none, and its Classifier if small.
+
+    UserError: they are of another shape, or without the classifier.
+    """
+    if "mu" not in headers:
+        return {}, None
+    d, d_s = (WIDTH, 0) if small else InceptionV3.widths[:2]
+    shapes = {"mu": (d,), "sigma": (d, d)}
+    if "mu_s" in headers and not small:  # pytorch-fid's files have none
+        shapes |= {"mu_s": (d_s,), "sigma_s": (d_s, d_s)}
+    if "pool" in headers:
+        rows, *_ = headers["pool"][0]
+        shapes |= {"pool": (min(rows, MANIFOLD), d)}
+    if "pool" in headers or small:
+        shapes |= {"shape": (3,)}
+    stats = read_statistics(file, headers, shapes)
+    if not small:
+        return stats, None
+    (classes, *_), _ = headers.get("net.fc2.weight", ((0,), None))
+    if not 1 < classes < 10_000:
+        raise UserError(f"{file}: has statistics of a classifier, but no classifier")
+    net = Classifier(stats["shape"].tolist(), classes).requires_grad_(False)
+    shapes = {f"net.{key}": tuple(x.shape) for key, x in net.state_dict().items()}
+    weights = read_statistics(file, headers, shapes)
+    net.load_state_dict({key: torch.from_numpy(weights[f"net.{key}"]) for key in net.state_dict()})
+    return stats | weights, net
 
 
 def evaluate(samples, reference, features="inception", *, weights=None, batch=64):
     """{"fid", "sfid", "is", "precision", "recall"}, or {"fd", "accuracy", "precision", "recall"}.
 
-    The latter are by the features of the digits' classifier. FD is FID's distance in them, and can
-    be compared with FD alone. accuracy: the share of samples that the classifier takes for what
-    their labels say; nan without labels.
+    The latter are by the features of a classifier of the reference's images. FD is FID's distance
+    in them, and can be compared only with FD in the same ones. accuracy: the share of samples that
+    the classifier takes for what their labels say; nan without labels.
 
     samples: an .npz with arr_0 uint8 (N, H, W, C), a folder of images, or such an array.
     reference: what load_reference() takes, or what it returned, with its features and weights.
-    Precision and recall are nan where the reference is statistics alone.
+    Precision and recall are nan where the reference is statistics alone, sFID without mu_s.
     Collective under torch.distributed: every process reads its share and gets the same figures.
     """
     images = samples if isinstance(samples, Images) else Images(samples)
@@ -578,11 +686,13 @@ def evaluate(samples, reference, features="inception", *, weights=None, batch=64
     figures = torch.zeros(4, dtype=torch.float64)
     if runtime.ranks()[0] == 0:  # the other processes add zeros
         device = next(ref.net.parameters()).device
-        for i, suffix in enumerate(["", "_s"] if ref.features == "inception" else [""]):
+        figures[:] = math.nan
+        for i, suffix in enumerate(["", "_s"]):
             mu = f"mu{suffix}"
             sigma = f"sigma{suffix}"
-            figures[i] = frechet_distance(stats[mu], stats[sigma], ref.stats[mu], ref.stats[sigma])
-        figures[2:] = math.nan
+            if mu in ref.stats:
+                figures[i] = frechet_distance(stats[mu], stats[sigma],
+                                              ref.stats[mu], ref.stats[sigma])
         if keep:
             real, fake = (torch.from_numpy(x["pool"]).to(device) for x in (ref.stats, stats))
             figures[2], figures[3] = precision_recall(real, fake)
@@ -609,22 +719,27 @@ def main(argv=None):
                    help="an .npz with arr_0 uint8 (N, H, W, C), as sample.py writes, or a folder")
     p.add_argument("reference", metavar="REFERENCE",
                    help="the same of real images; ADM's .npz; class folders; a folder of data.py's")
+    p.add_argument("--features", choices=["inception", "classifier"],
+                   help="whose; a classifier is trained on REFERENCE's images [it for digits and "
+                   f"prepared pixels up to {LARGEST}, else inception]")
     p.add_argument("--weights", metavar="FILE", help="Inception's [downloaded once, 95 MB]")
     p.add_argument("--batch", type=runtime.number("[1, inf)", int), default=64, metavar="N",
                    help="images at a time, per process; no effect on the figures [%(default)s]")
     p.add_argument("--save-stats", type=Path, metavar="FILE", help="to keep REFERENCE's [off]")
+    p.add_argument("--picture", type=Path, metavar="FILE",
+                   help="a .png with a row of the first ten images of each SAMPLES [off]")
     args = p.parse_args(argv)
-    target = args.save_stats
     inputs = [Path(path).resolve() for path in (*args.samples, args.reference)]
-    if target and (target.resolve() in inputs or not target.parent.is_dir()):
-        raise UserError(f"--save-stats {target}: must not be an input, and its folder must exist")
+    for flag, target in ("save-stats", args.save_stats), ("picture", args.picture):
+        if target and (target.resolve() in inputs or not target.parent.is_dir()):
+            raise UserError(f"--{flag} {target}: must not be an input, and its folder must exist")
     rank, _, _ = runtime.setup()
     samples = [Images(path) for path in args.samples]
-    shape = samples[0].shape
-    reference = load_reference(args.reference, "classifier" if shape == DIGIT else "inception",
-                               size=shape[0], weights=args.weights, batch=args.batch)
+    features = args.features or choose_features(args.reference, args.weights)
+    reference = load_reference(args.reference, features, size=samples[0].shape[0],
+                               weights=args.weights, batch=args.batch)
     columns = ["FID", "sFID", "IS", "precision", "recall"]
-    if shape == DIGIT:
+    if features == "classifier":
         columns = ["FD", "accuracy", "precision", "recall"]
     table = [["samples", "images", "labels", *columns],
              ["---", "---:", "---"] + ["---:"] * len(columns)]
@@ -634,9 +749,15 @@ def main(argv=None):
         cells = ["-" if math.isnan(figure) else f"{figure:.4f}" for figure in figures]
         table.append([images.name, str(images.count), label_rule(images.name), *cells])
     if rank == 0:
-        if target:
-            with runtime.atomic(target) as f:
+        if args.save_stats:
+            with runtime.atomic(args.save_stats) as f:
                 np.savez(f, **reference.stats)
+        if args.picture:
+            from sample import save_grid
+            rows = [next(images.batches(10))[1] for images in samples]
+            width = min(map(len, rows))  # some may have fewer
+            picture = torch.cat([row[:width] for row in rows]).permute(0, 2, 3, 1)
+            save_grid(picture.numpy(), args.picture, width)
         for cells in table:
             print("| " + " | ".join(cells) + " |")
 

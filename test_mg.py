@@ -2238,25 +2238,73 @@ def test_inception_weights_that_cant_be_had(inception_file, tmp_path, monkeypatc
     assert re.search("no network for 6726825d.*https://.*--weights.*--eval-samples 0", line)
 
 
-def test_digits_net(tmp_path, monkeypatch):
+def test_the_digits_classifier(tmp_path, monkeypatch):
     """Trained again, and the same, where its file is broken; nothing of the caller's matters."""
     images, labels = map(torch.from_numpy, data.digits())
     images = images[:, None, :, :, 0]
-    pool, _, probs = fid.digits_net()(images)
+    probs = fid.load_reference("digits", "classifier").net(images)[2]
     right = (probs.argmax(1) == labels).double()
     assert 0.98 <= right[::5].mean() < right.mean()  # it isn't trained on every fifth
-    (file,) = Path(torch.hub.get_dir(), "checkpoints").glob("digits*")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    broken = tmp_path / "hub" / "checkpoints" / file.name
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(file.read_bytes()[:1000])
+    monkeypatch.setattr(fid, "TRAINING", 60)
+    first = fid.load_reference("digits", "classifier")
+    file = tmp_path / "hub" / "checkpoints" / "digits-classifier.npz"
+    os.truncate(file, 1000)
     torch.manual_seed(7)
     rng = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        net = fid.digits_net()
+        again = fid.load_reference("digits", "classifier")
     assert torch.equal(torch.get_rng_state(), rng)
-    assert torch.equal(net(images)[0], pool)
-    assert torch.equal(fid.digits_net()(images)[0], pool)  # from its file
+    monkeypatch.setattr(fid, "train_classifier", None)
+    kept = fid.load_reference("digits", "classifier")  # from its file
+    for reference in again, kept:
+        same(reference.net.state_dict(), first.net.state_dict())
+        same(reference.stats["sigma"].tolist(), first.stats["sigma"].tolist())
+
+
+def bright_and_dark(folder, count=60):
+    """A folder of two classes of 16 pixels that are easy to tell apart."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        image = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + 150 * (i % 2)
+        save_image(folder / "ab"[i % 2] / f"{i:02}.png", image.astype(np.uint8))
+    return folder
+
+
+def test_own_images_are_scored_by_a_classifier_of_them(tmp_path, monkeypatch, capsys):
+    """Offline; the same on 1 and 2 processes; not where there is nothing to learn."""
+    monkeypatch.setattr(fid, "TRAINING", 60)
+    folder = bright_and_dark(tmp_path / "images")
+    out = tmp_path / "data"
+    prepared = prepare(folder, out, "--vae", "none")
+    assert fid.choose_features(out) == "classifier"
+    flags = "--data", out, "--eval-samples", 8, "--steps", 2, "--eval-batch", 4
+    scores = train("SiT", tmp_path / "run", *flags)["log"][-1]
+    assert scores["fd"] > 0 and 0 <= scores["accuracy"] <= 1 and "fid" not in scores
+    assert "recognises 1.000 of 12 held-out images" in capsys.readouterr().out
+    with np.load(tmp_path / "run" / "samples.npz") as samples:
+        want = fid.evaluate(tmp_path / "run" / "samples.npz", out, "classifier")
+        assert want == {key: scores[key] for key in want}
+        real = np.array(prepared.images)
+        np.savez(tmp_path / "real.npz", arr_0=real, labels=prepared.labels)
+        assert samples["arr_0"].shape == (8, 16, 16, 3)
+    perfect = fid.evaluate(tmp_path / "real.npz", out, "classifier")
+    assert perfect["fd"] < 1e-6 and perfect["accuracy"] == perfect["precision"] == 1
+    (out / "classifier.npz").unlink()
+
+    def score(_):
+        runtime.setup()
+        got = fid.evaluate(tmp_path / "run" / "samples.npz", out, "classifier")
+        assert got == pytest.approx(want, rel=1e-5)
+    fork(score, 2)
+    assert sorted(os.listdir(out)) == [runtime.LOCK, "classifier.npz", "data.json", "preview.png",
+                                       "x.npy"]
+    mixed = tmp_path / "mixed.npz"
+    np.savez(mixed, arr_0=real, labels=np.arange(60) % 3)
+    line = error(lambda: fid.evaluate(real, mixed, "classifier"))
+    assert "too few images to learn from" in line and "--eval-samples 0" in line
+    np.savez(mixed, arr_0=real, labels=np.full(60, 4))
+    assert "has one class" in error(lambda: fid.evaluate(real, mixed, "classifier"))
 
 
 def digit_samples(n, noise, seed=0):
@@ -2267,17 +2315,33 @@ def digit_samples(n, noise, seed=0):
     return (x[i] + rng.normal(0, noise, (n, 8, 8, 1))).round().clip(0, 255).astype(np.uint8), y[i]
 
 
+class TwoFeatures(nn.Module):
+    """In place of Inception: the digits' classifier, and as spatial features the pixels."""
+    widths = (64, 64, 10)
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.net = fid.load_reference("digits", "classifier").net
+
+    def forward(self, x):
+        pool, _, probs = self.net(x)
+        return pool, x[:, 0].flatten(1).float(), probs
+
+
 def test_evaluate_is_its_parts(tmp_path, monkeypatch):
     """The streamed figures are those of all features at once, for any batch and processes."""
+    kept = Path(torch.hub.get_dir())
+    net = TwoFeatures()
+    shutil.copytree(kept, tmp_path / "hub")  # as the patches change what is kept there
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(fid, "SPLIT", 200)
     monkeypatch.setattr(fid, "MANIFOLD", 1000)
+    monkeypatch.setattr(fid, "InceptionV3", lambda _: net)
     x, y = digit_samples(401, 30)
     real = digit_samples(1500, 0, seed=1)[0]
     np.savez_compressed(tmp_path / "x.npz", arr_0=x, labels=y)  # one rank lacks the last split
-    net = fid.digits_net()
     (p1, s1, _), (p2, s2, probs) = (net(torch.tensor(a).permute(0, 3, 1, 2)) for a in (real, x))
-    want = {"is": fid.inception_score(probs, 200),
-            "accuracy": (probs.argmax(1).numpy() == y).mean()}
+    want = {"is": fid.inception_score(probs, 200)}
     for key, *features in (("fid", p1, p2), ("sfid", s1, s2)):
         f, g = (f.double().numpy() for f in features)
         want[key] = fid.frechet_distance(f.mean(0), np.cov(f.T), g.mean(0), np.cov(g.T))
@@ -2285,14 +2349,15 @@ def test_evaluate_is_its_parts(tmp_path, monkeypatch):
 
     def score(_):
         runtime.setup()
-        reference = fid.load_reference(real, "classifier")
-        short = fid.evaluate(tmp_path / "x.npz", reference)
-        assert short == pytest.approx({"fd": want["fid"]} | {
-            key: want[key] for key in ("accuracy", "precision", "recall")}, rel=1e-5)
-        reference.features = "inception"  # all of the scores, by the small network's features
+        reference = fid.load_reference(real)
         for size in 1, 7, 64:
             got = fid.evaluate(tmp_path / "x.npz", reference, batch=size)
-            assert got == pytest.approx({k: want[k] for k in want if k != "accuracy"}, rel=1e-5)
+            assert got == pytest.approx(want, rel=1e-5)
+        reference.features = "classifier"
+        short = fid.evaluate(tmp_path / "x.npz", reference)
+        assert short == pytest.approx({"fd": want["fid"]} | {
+            "accuracy": (probs.argmax(1).numpy() == y).mean()} | {
+            key: want[key] for key in ("precision", "recall")}, rel=1e-5)
         digits = fid.evaluate(tmp_path / "x.npz", "digits", "classifier", batch=10)
         (tmp_path / f"{runtime.ranks()}").write_text(json.dumps([got, digits]))
     for world in 1, 2:
@@ -2300,8 +2365,7 @@ def test_evaluate_is_its_parts(tmp_path, monkeypatch):
     (_, one), two, other = (json.loads((tmp_path / name).read_text())
                             for name in ("(0, 1)", "(0, 2)", "(1, 2)"))
     assert two == other and two[1] == pytest.approx(one, rel=1e-5)
-    reference = fid.load_reference(real[:1000], "classifier")
-    reference.features = "inception"
+    reference = fid.load_reference(real[:1000])
     same = fid.evaluate(real[:1000], reference)
     assert same["fid"] < 1e-6 and same["sfid"] < 1e-6 and same["precision"] == same["recall"] == 1
     black = fid.evaluate(np.zeros((70, 8, 8, 1), np.uint8), reference)  # a collapsed model
@@ -2335,17 +2399,17 @@ def test_rows_are_split_and_sorted_classes_are_mixed(tmp_path):
 
 
 def test_command_line_and_references_of_statistics(tmp_path, capsys, monkeypatch):
-    """--save-stats keeps all figures; ADM's statistics alone lack precision and recall."""
+    """--save-stats keeps all figures; mu and sigma alone have no sFID, precision and recall."""
+    from PIL import Image
     monkeypatch.chdir(tmp_path)
-    real, _ = digit_samples(90, 10)
     fake, labels = digit_samples(80, 40, seed=1)
-    np.savez("real.npz", arr_0=real)
     np.savez("fake.npz", arr_0=fake, labels=labels)
     np.savez("few.npz", arr_0=fake[:50])
     Path("fake.npz.json").write_text('{"class_labels": "balanced"}')
-    want = fid.evaluate("fake.npz", real, "classifier")
+    want = fid.evaluate("fake.npz", "digits", "classifier")
     capsys.readouterr()
-    fid.main(["fake.npz", "few.npz", "real.npz", "--save-stats", "stats.npz"])
+    files = ["--save-stats", "stats.npz", "--picture", "rows.png"]
+    fid.main(["fake.npz", "few.npz", "digits", *files])
     out, err = capsys.readouterr()
     header, _, a, b = (line.replace("|", " ").split() for line in out.splitlines())
     assert " ".join(header) == "samples images labels FD accuracy precision recall"
@@ -2353,14 +2417,25 @@ def test_command_line_and_references_of_statistics(tmp_path, capsys, monkeypatch
     assert b[:3] == ["few.npz", "50", "-"] and b[4] == "-"
     assert [float(cell) for cell in a[3:]] == pytest.approx([*want.values()], abs=1e-4)
     assert err.count("warning") == 1 and "few.npz: 50 images" in err  # of 64 features
-    stats = {k: v for k, v in np.load("stats.npz").items() if k not in ("pool", "shape")}
-    np.savez("adm.npz", **stats, arr_0=real)
-    np.savez("only.npz", **stats)
-    for name in "stats.npz", "adm.npz":
-        assert fid.evaluate("fake.npz", name, "classifier") == pytest.approx(want, rel=1e-9)
-    only = fid.evaluate("fake.npz", "only.npz", "classifier")
-    assert only["fd"] == pytest.approx(want["fd"]) and math.isnan(only["precision"])
+    rows = np.asarray(Image.open("rows.png"))  # 2 x 10 digits of 48 pixels in frames of 1
+    assert rows.shape == (100, 500) and (rows[:50] == rows[50:]).all()
+    assert (rows[1:49:6, 51:99:6] == fake[1, :, :, 0]).all()
+    fid.main(["fake.npz", "stats.npz"])  # by its width
+    assert capsys.readouterr().out.splitlines()[2].split("|")[4:] == out.splitlines()[2].split(
+        "|")[4:]
+    stats = {key: x for key, x in np.load("stats.npz").items() if key != "pool"}
+    np.savez("adm.npz", **stats, arr_0=data.digits()[0])
+    assert fid.evaluate("fake.npz", "adm.npz", "classifier") == pytest.approx(want, rel=1e-9)
     assert "the order is SAMPLES REFERENCE" in error(fid.main, "adm.npz", "fake.npz")
+    np.savez("alone.npz", **{key: x for key, x in stats.items() if key[:3] != "net"})
+    assert "no classifier" in error(lambda: fid.evaluate("fake.npz", "alone.npz", "classifier"))
+    monkeypatch.setattr(fid, "InceptionV3", TwoFeatures)
+    np.savez("alone.npz", mu=stats["mu"], sigma=stats["sigma"])  # as pytorch-fid's files
+    capsys.readouterr()
+    fid.main(["fake.npz", "alone.npz", "--features", "inception"])
+    cells = capsys.readouterr().out.splitlines()[2].replace("|", " ").split()
+    assert float(cells[3]) == pytest.approx(want["fd"], abs=1e-4)
+    assert [cells[i] for i in (4, 6, 7)] == ["-"] * 3 and float(cells[5]) > 1
 
 
 BAD = {
@@ -2371,9 +2446,12 @@ BAD = {
     "mixed mixed": "b.png: is (7, 8, 3)",
     "broken broken": "b.png",
     "truncated.npz digits": "truncated.npz",
-    "good.npz part.npz": "mu_s",
-    "good.npz color.npz": "classifier features",
-    "color.npz digits": "inception features",
+    "good.npz part.npz": "part.npz: shape must be",
+    "good.npz color.npz": "but (8, 8, 3) in color.npz",
+    "color.npz digits": "images of (8, 8, 3)",
+    "good.npz good.npz --features classifier": "needs images with labels",
+    "good.npz digits --features classifier --weights x.pth": "--weights x.pth",
+    "good.npz digits --picture good.npz": "--picture",
     "good.npz large.npz digits": "large.npz",
     "digits good.npz": "digits: real images; the order is SAMPLES REFERENCE",
 }
@@ -2405,7 +2483,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
     """Neither arrays of a wrong shape, nor more of one than its header says."""
     x, _ = digit_samples(8, 0)
     bomb = np.zeros(16_000_000)  # 128 MB
-    stats = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(128), "sigma_s": np.eye(128)}
+    stats = {"mu": np.zeros(64), "sigma": np.eye(64)}
 
     def refused(says):
         tracemalloc.start()

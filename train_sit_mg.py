@@ -204,9 +204,9 @@ def train(args, data, rank, world, device):
     vae = models.load_vae(data.vae, device) if data.vae else None
     reference = None
     if args.eval_samples:
-        reference = fid.load_reference(
-            args.reference or args.data, "classifier" if data.kind == "digits" else "inception",
-            size=data.size, weights=args.weights)
+        real = args.reference or args.data
+        features = fid.choose_features(real, args.weights)
+        reference = fid.load_reference(real, features, size=data.size, weights=args.weights)
     net = torch.compile(model) if args.compile else model
     ema_net = torch.compile(ema) if args.compile else ema
     teacher = net if args.teacher == "online" else ema_net

@@ -172,7 +172,7 @@ late_auto_draw() {
 
 # ---------------------------------------------------------------- another data set: MNIST
 mnist_images() {
-  local command="python experiments/mnist.py images out/mnist"
+  local command="python experiments/mnist.py out/mnist"
   command+=" && python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28"
   once out/mnist-28.done "$command"
 }
@@ -198,7 +198,7 @@ mnist_draw() {
 mnist_score() {
   local files="$out/mnist-plain-s0/500.npz $out/mnist-plain-s0/cfg2.npz"
   for run in ema online quarter; do files+=" $out/mnist-$run-s0/500.npz"; done
-  echo "python experiments/mnist.py score $files"
+  echo "python fid.py $files out/mnist-28 --picture out/mnist-ways.png"
 }
 
 parts="warmup warmup_cfg warmup_init warmup_dit warmup_dit_cfg sparse sparse_dit sparse_t gft board
