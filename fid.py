@@ -230,15 +230,25 @@ def resize_tf1(x, size=299):
 @contextmanager
 def plain_float32(device_type):
     """Full fp32, whatever autocast, TF32 or cuDNN settings the caller has."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    cudnn = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    settings = [(cudnn, "enabled", True), (cudnn, "benchmark", False),
+                (cudnn, "deterministic", True)]
+    if hasattr(torch.backends, "fp32_precision"):  # from torch 2.9 on; the older ones can't be read
+        mkldnn = torch.backends.mkldnn             # where a caller has set these
+        settings += [(part, "fp32_precision", "ieee")
+                     for part in (matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)]
+    else:
+        settings += [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    saved = [getattr(part, name) for part, name, _ in settings]
     try:
-        with (torch.autocast(device_type, enabled=False),
-              torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True,
-                                         allow_tf32=False)):
+        for part, name, value in settings:
+            setattr(part, name, value)
+        with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for (part, name, _), value in zip(settings, saved, strict=True):
+            setattr(part, name, value)
 
 
 # ---------------------------------------------------------------- a classifier of small images

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -78,6 +79,11 @@ def setup():
                                         timeout=datetime.timedelta(days=7))
         except ValueError as e:  # torch names what is missing in the environment
             raise UserError(f"RANK is set, but: {e}; use torchrun, or unset RANK") from None
+        except RuntimeError as e:
+            device = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+            known = ", ".join(name for _, name in socket.if_nameindex())
+            raise UserError(f"the processes can't meet ({found} GLOO_SOCKET_IFNAME={device}; this "
+                            f"machine has {known}): {str(e).splitlines()[0]}") from None
         finally:
             waiting.cancel()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -1652,6 +1652,17 @@ def test_waiting_for_others_says_for_whom(monkeypatch):
     assert "WORLD_SIZE expected" in error(runtime.setup)
 
 
+def test_an_interface_that_is_not_there(monkeypatch):
+    """gloo's message names neither the variable nor the address."""
+    def alone(_):
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "nope"}
+        assert "MASTER_ADDR=127.0.0.1" in error(runtime.setup)
+        line = error(runtime.setup)
+        assert "GLOO_SOCKET_IFNAME=nope" in line and "this machine has lo" in line
+    fork(alone)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     def spoil(net, *_):
         nn.init.constant_(net.x_embedder.proj.bias, torch.nan)
@@ -2236,6 +2247,32 @@ def test_inception_weights_that_cant_be_had(inception_file, tmp_path, monkeypatc
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     line = error(fid.InceptionV3)
     assert re.search("no network for 6726825d.*https://.*--weights.*--eval-samples 0", line)
+
+
+@pytest.mark.parametrize("setting", ["new", "old", "none"])
+def test_features_are_computed_in_full_fp32(setting):
+    """Whatever the caller has set, which is back afterwards."""
+    cudnn = torch.backends.cudnn
+    new = hasattr(torch.backends, "fp32_precision")
+
+    def now():
+        if not new:
+            return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+        return (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision,
+                torch.backends.mkldnn.matmul.fp32_precision, cudnn.deterministic)
+
+    def check(_):
+        if setting == "new" and new:
+            torch.backends.fp32_precision = "tf32"
+        if setting == "old":
+            torch.set_float32_matmul_precision("medium")
+            cudnn.allow_tf32 = True
+        earlier = now()
+        with torch.autocast("cpu", torch.bfloat16), fid.plain_float32("cpu"):
+            assert now() == (("ieee",) * 3 if new else (False, False)) + (True,)
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert now() == earlier
+    fork(check)
 
 
 def test_the_digits_classifier(tmp_path, monkeypatch):
