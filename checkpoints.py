@@ -1,6 +1,7 @@
-"""Saves and loads our checkpoints, loads public ones, converts to and from diffusers.
+"""Saves and loads our checkpoints, loads public ones, converts to other formats.
 
     python checkpoints.py CKPT --to-diffusers DIR [--vae NAME]   # a DiT, for diffusers' DiTPipeline
+    python checkpoints.py CKPT --to-safetensors FILE             # the average's tensors, the config
 
 Ours is a dict: config (plain values), step, model, ema, optimizer (state dicts), log (the rows of
 log.csv), losses (since the last row), w (at this step), classes (names). No pickled code is run.
@@ -17,6 +18,7 @@ from pathlib import Path, PosixPath
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 import models
 import runtime
@@ -26,6 +28,7 @@ from runtime import UserError
 SCALAR, _ = np.float64(0).__reduce__()
 KINDS = [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")]
 PLAIN = [argparse.Namespace, PosixPath, np.dtype, SCALAR, *KINDS]
+HEADER = "model-guidance"  # of our .safetensors: its metadata's key
 SHAPE = ("input_size", "in_channels", "num_classes", "scale_aware")
 
 
@@ -51,6 +54,11 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                header = file.metadata() or {}
+            return json.loads(header[HEADER]) | {"ema": state} if HEADER in header else state
         with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it then refuses
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -181,9 +189,13 @@ def fingerprint(module):
 def load_checkpoint(path, *, weights="ema", device="cpu"):
     """A network in eval mode, and its config: model, kind, step, w, vae, classes, ...
 
-    path: our ckpt.pt; a public file of DiT, SiT, REPA or MG; a folder of diffusers' DiTPipeline.
+    path: our ckpt.pt, or the folder of a run; a public file of DiT, SiT, REPA or MG, .pt or
+        .safetensors; a folder of diffusers' DiTPipeline, or its name on the hub.
     weights: "ema" or "model". UserError, in one line: missing, truncated, foreign or unsafe.
     """
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not os.path.exists(path) and (
+            Path(path).suffix not in (".pt", ".pth", ".safetensors")):
+        path = from_hub(str(path))
     path = Path(path)
     for file in path / "ckpt.pt", previous(path / "ckpt.pt"):
         if file.exists():  # the folder of a run
@@ -236,8 +248,12 @@ def from_public(checkpoint, weights, path):
     state = checkpoint
     if {"ema", "model", "state_dict"} & checkpoint.keys():
         state = checkpoint.get(weights, checkpoint.get("model", checkpoint.get("state_dict")))
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint with {weights} weights")
+    for key, x in state.items():
+        if not isinstance(x, torch.Tensor):
+            raise UserError(f"{path}: not a checkpoint with {weights} weights ({key} is of type "
+                            f"{type(x).__name__})")
     # The wrappers' prefixes; REPA's projectors, which only its training needs.
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): x for key, x in state.items()}
     state = {key: x for key, x in state.items() if not key.startswith("projectors.")}
@@ -246,8 +262,12 @@ def from_public(checkpoint, weights, path):
         tokens = state["pos_embed"].shape[1]
         rows = len(state["y_embedder.embedding_table.weight"])
         outputs = len(state["final_layer.linear.weight"]) // patch ** 2
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG") from None
+    except KeyError as e:
+        raise UserError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG: lacks {e}, has "
+                        f"{', '.join([*state][:3])}, ...") from None
+    except (ValueError, IndexError) as e:
+        raise UserError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG: a tensor has "
+                        f"another shape ({e})") from None
     path_type = str(getattr(flags, "path_type", "linear"))
     prediction = getattr(flags, "prediction", "v")
     if path_type.lower() != "linear" or prediction not in ("v", "velocity"):
@@ -327,6 +347,17 @@ diffusers takes 10000^(-i/127): the network sees other times, and draws other im
 """
 
 
+def to_safetensors(model, config, path):
+    """Writes the network's tensors; the config, as JSON, is in the file's metadata."""
+    from safetensors.torch import save
+    if Path(path).suffix != ".safetensors" or Path(path).exists():
+        raise UserError(f"--to-safetensors {path}: must be a new file whose name ends so")
+    header = {key: config[key] for key in ("step", "w", "classes")} | {"config": config}
+    state = {key: x.contiguous() for key, x in model.state_dict().items()}
+    with runtime.atomic(path) as f:
+        f.write(save(state, {"format": "pt", HEADER: json.dumps(header)}))
+
+
 def to_diffusers(model, config, vae, folder):
     """Writes a folder for diffusers.DiTPipeline, with DDIM as in sample.py. -> how to use it.
 
@@ -372,19 +403,38 @@ def to_diffusers(model, config, vae, folder):
     return USAGE.format(folder=folder)
 
 
+def from_hub(name):
+    """Downloads what is needed of a DiTPipeline -> its folder. UserError: it can't be had."""
+    try:
+        import huggingface_hub
+        files = ["model_index.json", "transformer/*.json", "vae/*.json"]
+        tensors = ["transformer/*.safetensors", "vae/*.safetensors"]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files + tensors))
+        # Where these are missing, the older format.
+        older = [f"{part}/*.bin" for part in ("transformer", "vae")
+                 if not any(folder.glob(f"{part}/*.safetensors"))]
+        if older:
+            huggingface_hub.snapshot_download(name, allow_patterns=older)
+    except Exception as e:  # noqa: BLE001  downloads raise anything
+        raise UserError(f"{name}: no such file or folder here, and can't be had from the hub "
+                        f"({type(e).__name__}: {' '.join(str(e).split())[:200]}); download it "
+                        "where there is a network, and give its folder") from None
+    return folder
+
+
 def from_diffusers(folder):
     """The state dict and config of a DiTPipeline's folder. UserError: none, or incomplete."""
     from diffusers import DiTTransformer2DModel
     try:
         index = json.loads((folder / "model_index.json").read_bytes())
         transformer, info = DiTTransformer2DModel.from_pretrained(
-            folder / "transformer", use_safetensors=True, local_files_only=True,
-            low_cpu_mem_usage=False, output_loading_info=True)
+            folder / "transformer", local_files_only=True, low_cpu_mem_usage=False,
+            output_loading_info=True)
         names = index.get("id2label") or {}
         named = {int(key): str(value) for key, value in names.items()}
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:
         raise UserError(f"{folder}: not a folder of diffusers' DiTPipeline "
-                        f"({str(e).strip().splitlines()[0][:200]})") from None
+                        f"({' '.join(str(e).split())[:200]})") from None
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
         raise UserError(f"{folder}: incomplete, {lacking[0]} is missing or of another shape")
@@ -407,11 +457,16 @@ def from_diffusers(folder):
 
 def main(argv=None):
     p = runtime.command_line(__doc__)
-    p.add_argument("checkpoint", metavar="CKPT", help="of a DiT: ours, or a public file")
-    p.add_argument("--to-diffusers", metavar="DIR", required=True, help="a new folder")
+    p.add_argument("checkpoint", metavar="CKPT", help="ours or a public one, for diffusers a DiT's")
+    to = p.add_mutually_exclusive_group(required=True).add_argument
+    to("--to-diffusers", metavar="DIR", help="a new folder")
+    to("--to-safetensors", metavar="FILE", help="a new file")
     p.add_argument("--vae", metavar="NAME", help="hub name or folder of the decoder [trained with]")
     args = p.parse_args(argv)
     model, config = load_checkpoint(args.checkpoint)
+    if args.to_safetensors:
+        to_safetensors(model, config, args.to_safetensors)
+        return
     name = args.vae or config["vae"]
     vae = models.load_vae(name) if name else None
     print(to_diffusers(model, config, vae, args.to_diffusers))

@@ -199,9 +199,9 @@ def load_vae(name, device="cpu"):
     try:
         vae, info = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False,
                                                   output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as e:
+    except Exception as e:  # noqa: BLE001  downloads raise anything
         raise UserError(f"--vae {name}: neither a folder of diffusers' AutoencoderKL nor found on "
-                        f"the hub ({str(e).strip().splitlines()[0]}); give such a folder, or in "
+                        f"the hub ({' '.join(str(e).split())[:200]}); give such a folder, or in "
                         "data.py none, for pixels") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         first = [*info["missing_keys"], *info["mismatched_keys"]][0]

@@ -158,6 +158,7 @@ def ddim(net, x, steps, randn=None):
 
 SAMPLERS = {"euler-maruyama": euler_maruyama, "euler": euler, "heun": heun,
             "ddpm": ddpm, "ddim": ddim}
+FEWEST = 5  # steps of euler-maruyama: with fewer its FD is more than twice euler's (the digits)
 
 
 def choose_sampler(name, model, steps):
@@ -281,7 +282,8 @@ def parse_args(argv):
     add = p.add_argument
     positive = number("[1, inf)", int)
     either = p.add_mutually_exclusive_group().add_argument
-    add("checkpoint", metavar="CKPT", help="a file, or the folder of a DiTPipeline")
+    add("checkpoint", metavar="CKPT",
+        help="a file, a run's folder, a DiTPipeline's, or its name on the hub")
     either("--labels", nargs="+", metavar="CLASS",
            help="classes to draw, by name or number; in a .png a row each [.png: 0 to 9]")
     either("--class-labels", choices=["balanced", "random"],
@@ -302,7 +304,8 @@ def parse_args(argv):
         help="images at a time, per process [%(default)s]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32",
         help="of the network's passes [%(default)s]")
-    add("--raw", action="store_true", help="the trained weights, not the EMA [off]")
+    add("--raw", action="store_true",
+        help="the trained weights, not the EMA: try it if a short run looks unfinished [off]")
     add("--vae", metavar="NAME", help="hub name or folder of the decoder [trained with]")
     add("--out", default="samples.png", metavar="FILE",
         help="a .png, or an .npz with arr_0 (uint8 NHWC) and labels [%(default)s]")
@@ -365,6 +368,9 @@ def main(argv=None):
     if rank == 0 and args.cfg != 1 and config.get("drop") == 0:
         print(f"warning: {args.checkpoint} was trained with --drop 0: CFG needs the empty class",
               file=sys.stderr)
+    if rank == 0 and sampler == "euler-maruyama" and args.steps < FEWEST:
+        print(f"warning: --steps {args.steps}: too few for euler-maruyama; give {FEWEST} or more, "
+              "or --sampler euler", file=sys.stderr)
     low, high = config.get("w_range") or (1, 1)
     if rank == 0 and args.w not in (None, 1) and not low <= args.w <= high:
         print(f"warning: --w {args.w} is outside of what was trained, {low} to {high}",

@@ -936,6 +936,10 @@ def test_sample_knows_how_a_checkpoint_was_trained(tmp_path, capsys):
     for w, warned in (3.5, True), (2, False):
         draw(aware, tmp_path / "a.png", "--w", w)
         assert ("warning: --w" in capsys.readouterr().err) == warned
+    for sampler, steps, warned in (("euler-maruyama", 4, True), ("euler-maruyama", 5, False),
+                                   ("euler", 2, False)):
+        draw(aware, tmp_path / "a.png", "--sampler", sampler, "--steps", steps)
+        assert ("or --sampler euler" in capsys.readouterr().err) == warned
 
 
 # ---------------------------------------------------------------- checkpoints.py
@@ -1029,6 +1033,79 @@ def test_files_that_name_no_convention(tmp_path):
         assert "which way t runs" in error(lambda: load_checkpoint(tmp_path / "last.pt"))
     torch.save({"ema": state}, tmp_path / "DiT.pt")
     assert "without variance" in error(lambda: load_checkpoint(tmp_path / "DiT.pt"))
+
+
+def test_safetensors(tmp_path):
+    """A public file's tensors, and ours, written and read, with its config."""
+    from safetensors.torch import load_file, save_file
+    public = random_model("DiT-S/8", 16, 4, 7)
+    save_file(dict(public.state_dict()), tmp_path / "DiT-S-8.safetensors")
+    model, config = load_checkpoint(tmp_path / "DiT-S-8.safetensors")
+    assert config["model"] == "DiT-S/8"
+    same(model.state_dict(), public.state_dict())
+    ours = random_model(scale_aware=True)
+    file = tmp_path / "mg.safetensors"
+    argv = [str(save_random(tmp_path / "c.pt", ours, "SiT-T/2")), "--to-safetensors", str(file)]
+    checkpoints.main(argv)
+    written = load_file(file)
+    same(sorted(written.items()), sorted(ours.state_dict().items()))
+    model, config = load_checkpoint(file)
+    same(model.state_dict(), ours.state_dict())
+    assert config == load_checkpoint(tmp_path / "c.pt")[1] and config["classes"][3] == "class 3"
+    assert "must be a new file" in error(checkpoints.main, *argv)
+    os.truncate(file, 5000)
+    assert "mg.safetensors: truncated" in error(lambda: load_checkpoint(file))
+
+
+def test_what_stands_in_the_way_of_a_file_is_named(tmp_path):
+    for state, says in (({"ema": {"x_embedder.proj.weight": 3}}, "proj.weight is of type int"),
+                        ({"ema": {"net.a": torch.ones(1), "net.b": torch.ones(1)}},
+                         "lacks 'x_embedder.proj.weight', has net.a, net.b"),
+                        ({"ema": {"x_embedder.proj.weight": torch.ones(2)}}, "another shape")):
+        torch.save(state, tmp_path / "x.pt")
+        assert says in error(lambda: load_checkpoint(tmp_path / "x.pt"))
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    """Downloaded: what is needed, and the older format only where there is no other."""
+    import huggingface_hub
+    original = random_model("DiT-T/2", 8, 4, 7)
+    save_random(tmp_path / "c.pt", original, "DiT-T/2", vae=str(tmp_path / "vae"))
+    tiny_vae(tmp_path)
+    folder = tmp_path / "hub"
+    checkpoints.main([str(tmp_path / "c.pt"), "--to-diffusers", str(folder)])
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model, config = load_checkpoint("someone/DiT-T-2")
+    same(model.state_dict(), original.state_dict())
+    assert config["vae"] == str(folder / "vae")
+    assert [name for name, _ in asked] == ["someone/DiT-T-2"]
+    assert not any(".bin" in pattern for pattern in asked[0][1])
+    # Weights as .bin: read as tensors alone, so that no code runs.
+    from safetensors.torch import load_file
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    same(load_checkpoint("someone/DiT-T-2")[0].state_dict(), original.state_dict())
+    assert asked[-1] == ("someone/DiT-T-2", ["transformer/*.bin"])
+    torch.save({"pos_embed.proj.weight": Evil()}, file.with_suffix(".bin"))
+    assert "not a folder of diffusers" in error(lambda: load_checkpoint(folder))
+    assert not Path(os.environ["TORCH_HOME"], "evil").exists()
+
+    def no_socks(*_, **__):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_socks)
+    assert "ImportError: Using SOCKS" in error(sample.main, "someone/DiT-T-2")
+    monkeypatch.undo()
+    line = error(sample.main, "someone/DiT-T-2")  # HF_HUB_OFFLINE
+    assert "someone/DiT-T-2: no such file or folder here" in line and "give its folder" in line
+    line = error(train_dit_mg.main, "--init", "someone/DiT-T-2", "--out", tmp_path / "out")
+    assert "can't be had from the hub" in line
+    assert "no such checkpoint" in error(sample.main, "out/ckpt.pt")
 
 
 def test_round_trip_through_diffusers(tmp_path):
