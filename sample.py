@@ -158,7 +158,8 @@ def ddim(net, x, steps, randn=None):
 
 SAMPLERS = {"euler-maruyama": euler_maruyama, "euler": euler, "heun": heun,
             "ddpm": ddpm, "ddim": ddim}
-FEWEST = 5  # steps of euler-maruyama: with fewer its FD is more than twice euler's (the digits)
+# With fewer steps a sampler's FD is more than twice that of its deterministic rival (the digits).
+FEWEST = {"euler-maruyama": (5, "euler"), "ddpm": (3, "ddim")}
 
 
 def choose_sampler(name, model, steps):
@@ -368,9 +369,10 @@ def main(argv=None):
     if rank == 0 and args.cfg != 1 and config.get("drop") == 0:
         print(f"warning: {args.checkpoint} was trained with --drop 0: CFG needs the empty class",
               file=sys.stderr)
-    if rank == 0 and sampler == "euler-maruyama" and args.steps < FEWEST:
-        print(f"warning: --steps {args.steps}: too few for euler-maruyama; give {FEWEST} or more, "
-              "or --sampler euler", file=sys.stderr)
+    fewest, rival = FEWEST.get(sampler, (1, None))
+    if rank == 0 and args.steps < fewest:
+        print(f"warning: --steps {args.steps}: too few for {sampler}; give {fewest} or more, or "
+              f"--sampler {rival}", file=sys.stderr)
     low, high = config.get("w_range") or (1, 1)
     if rank == 0 and args.w not in (None, 1) and not low <= args.w <= high:
         print(f"warning: --w {args.w} is outside of what was trained, {low} to {high}",

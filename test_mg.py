@@ -937,9 +937,10 @@ def test_sample_knows_how_a_checkpoint_was_trained(tmp_path, capsys):
         draw(aware, tmp_path / "a.png", "--w", w)
         assert ("warning: --w" in capsys.readouterr().err) == warned
     for sampler, steps, warned in (("euler-maruyama", 4, True), ("euler-maruyama", 5, False),
-                                   ("euler", 2, False)):
-        draw(aware, tmp_path / "a.png", "--sampler", sampler, "--steps", steps)
-        assert ("or --sampler euler" in capsys.readouterr().err) == warned
+                                   ("euler", 2, False), ("ddpm", 2, True), ("ddpm", 3, False)):
+        path = dit if sampler == "ddpm" else aware
+        draw(path, tmp_path / "a.png", "--sampler", sampler, "--steps", steps)
+        assert ("or --sampler " in capsys.readouterr().err) == warned
 
 
 # ---------------------------------------------------------------- checkpoints.py
