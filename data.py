@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import shlex
 import sys
@@ -72,6 +73,7 @@ class Data:
             raise UserError(f"--data {name}: not complete; run its data.py command again")
         info = read_info(name)
         self.images = open_array(name)
+        self.images._mmap.madvise(mmap.MADV_RANDOM)  # or each row would read a megabyte
         try:
             self.kind = info["kind"]
             self.flip = info["flip"]
@@ -111,9 +113,9 @@ class Data:
         flip = np.zeros(len(index), bool) if flip is None or not self.flip else np.asarray(flip)
         rows = self.rows[index]
         if self.kind == "latents":
-            x = self.images[rows, flip.astype(int)]  # reads only the chosen view
+            x = self.read(rows, flip.astype(int))  # only the chosen view
         else:
-            x = self.images[rows]
+            x = self.read(rows)
             x[flip] = x[flip, :, ::-1]
         x = torch.from_numpy(x)
         y = torch.from_numpy(self.labels[index])
@@ -124,6 +126,17 @@ class Data:
             return x.permute(0, 3, 1, 2) / 127.5 - 1, y
         mean, std = x.float().unbind(1)
         return (mean if posterior is None else mean + std * posterior), y
+
+    def read(self, *index):
+        """self.images[index], asked of the disk all at once, and without what lies around it."""
+        if isinstance(self.images, np.memmap):
+            strides = self.images.strides
+            offsets = sum(i * stride for i, stride in zip(index, strides, strict=False))
+            for start in (self.images.offset + offsets).tolist():
+                page = start - start % mmap.PAGESIZE
+                end = start + strides[len(index) - 1]
+                self.images._mmap.madvise(mmap.MADV_WILLNEED, page, end - page)
+        return self.images[index]
 
     def originals(self):
         """The image files of the rows, in their order. UserError: their folder is gone."""

@@ -525,19 +525,20 @@ def statistics(net, images, *, batch, keep):
     right = zeros(1)
     with runtime.progress(math.ceil(count / world), images.name) as bar:
         for rows, x in images.batches(batch, rank, world):
-            pool, spatial, probs = net(x.to(device))
+            pool, spatial, probs = net(runtime.move(x, device))
             for i, features in enumerate((pool, spatial)[:len(names)]):
                 difference = features.double() - origins[i]
                 sums[i] += difference.sum(0)
                 products[i].addmm_(difference.T, difference)
-            wanted = rows[rows < keep].to(device)
+            wanted = runtime.move(rows[rows < keep], device)
             kept[wanted] = pool[:len(wanted)]
             p = probs.double()
-            split = (rows // SPLIT).to(device)
+            split = runtime.move(rows // SPLIT, device)
             p_sum.index_add_(0, split, p)
             p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
             if images.labels is not None:
-                right += (probs.argmax(1) == torch.from_numpy(images.labels)[rows].to(device)).sum()
+                labels = runtime.move(torch.from_numpy(images.labels)[rows], device)
+                right += (probs.argmax(1) == labels).sum()
             bar.update(len(rows))
     stats = {"pool": runtime.reduce(kept).cpu().numpy(), "shape": np.array(images.shape)}
     for i, suffix in enumerate(names):
@@ -627,10 +628,11 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
         net = train_classifier(images)
         stats |= {f"net.{key}": x.numpy() for key, x in net.state_dict().items()}
     elif net is None:
-        if rank > 0:
-            runtime.barrier()  # rank 0 downloads first
+        first = int(os.environ.get("LOCAL_RANK", rank)) == 0
+        if not first:
+            runtime.barrier()  # one process of each machine downloads for all of it
         net = InceptionV3(weights)
-        if rank == 0:
+        if first:
             runtime.barrier()
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     if images:

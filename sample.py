@@ -51,7 +51,9 @@ def guided(model, y, *, cfg=1.0, interval=(0.0, 1.0), w=None, null=None):
     def net(x, t):
         noise_time = torch.as_tensor(t) / last  # a number's stays on the CPU
         acts = (noise_time >= interval[0]) & (noise_time <= interval[1])
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        if not isinstance(t, torch.Tensor):  # made on the device, without waiting for it
+            t = torch.full((), t, device=x.device)
+        t = t.to(x.device).expand(len(x))
         if cfg == 1 or not acts.any():
             return model(x.float(), t, y, *scale).double()
         strength = cfg
@@ -190,7 +192,7 @@ def generate(model, labels, seeds, *, sampler=None, steps=250, w=None, cfg=1.0, 
 
     def randn():  # drawn on the CPU: the same on every device
         draws = [stream.standard_normal(shape, dtype=np.float32) for stream in streams]
-        return torch.from_numpy(np.stack(draws)).to(device)
+        return runtime.move(torch.from_numpy(np.stack(draws)), device)
     net = guided(model, torch.as_tensor(labels).to(device), cfg=cfg, interval=interval, w=w)
     x = SAMPLERS[choose_sampler(sampler, model, steps)](net, randn(), steps, randn)
     x = models.decode(vae, x) if vae else x

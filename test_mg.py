@@ -1,10 +1,13 @@
 """`pytest test_mg.py`: everything on the CPU, nothing is downloaded."""
 import argparse
+import contextlib
+import copy
 import csv
 import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import re
@@ -20,7 +23,9 @@ import time
 import tracemalloc
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,7 +33,9 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import sqrtm
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.nn.utils import clip_grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 import checkpoints
 import data
@@ -674,36 +681,6 @@ def test_fixed_point_is_cfg_at_1_over_2_minus_w(w, teacher):
             average.lerp_(out, 0.5)
     want = empty[0] + (cond - empty[0]) / (2 - w)
     torch.testing.assert_close(out[0], want, rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["SiT", "DiT"])
-@pytest.mark.parametrize("scale_aware", [False, True])
-def test_mg_loss_does_not_wait_for_the_device(kind, scale_aware):
-    """On the meta device whatever needs a value fails. What goes there from the CPU is counted."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Copies(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if "copy" in str(op) and args[0].device.type == "cpu":
-                copied.append(tuple(args[0].shape))
-            return op(*args, **(kwargs or {}))
-    with torch.device("meta"):
-        model, ema = (create_model(f"{kind}-T/2", input_size=8, in_channels=1, num_classes=10,
-                                   scale_aware=scale_aware) for _ in range(2))
-    b = batch(kind)
-    copied = []
-    b["x0"] = b["x0"].to("meta")
-    b["noise"] = b["noise"].to("meta")
-    others = (b["y"][:, None] + torch.arange(1, 4)) % 10
-    models.schedule(torch.device("meta"))  # DiT's tables are there from the first step on
-    for options in {}, {"others": others, "guide": torch.arange(12) % 2 == 0, "share": 0.5}:
-        copied.clear()
-        with Copies():
-            loss = mg_loss(SCRIPTS[kind], model, ema, w=1.5, **b, **options).mean()
-        loss.backward()
-        k = int((~b["dropped"] & options.get("guide", torch.tensor(True))).sum())
-        small = [(12,)] * 4 + [(k,)] + [(12, 3)] * len(options.get("others", [])[:1])
-        assert sorted(copied) == sorted(small)  # t, w, dropped, y; the index; Eq. 23's labels
 
 
 # ---------------------------------------------------------------- samplers
@@ -1415,6 +1392,30 @@ def test_data_refuses(tmp_path, capsys):
     assert "data.json is damaged" in error(lambda: data.Data(out))
 
 
+@pytest.mark.parametrize("vae", [False, True])
+def test_only_the_rows_of_a_batch_are_read_ahead(vae, tmp_path):
+    """Of latents the view that is drawn, of pixels all of the image."""
+    folder = image_folder(tmp_path / "images")
+    tiny_vae(tmp_path)
+    prepared = prepare(folder, tmp_path / "out", "--vae", tmp_path / "vae" if vae else "none")
+    index = np.array([6, 0, 3])
+    flip = np.array([True, False, True])
+    whole = np.array(prepared.images)
+    want = whole[index, flip.astype(int)] if vae else whole[index]
+    asked = mock.Mock()
+    prepared.images._mmap = asked
+    got = prepared.read(index, flip.astype(int)) if vae else prepared.read(index)
+    np.testing.assert_array_equal(got, want)
+    prepared.get(index, flip)
+    file = (tmp_path / "out" / "x.npy").read_bytes()
+    assert asked.madvise.call_count == 6
+    for (advice, start, length), row in zip(
+            [call.args for call in asked.madvise.call_args_list], [*want, *want], strict=True):
+        assert advice == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
+        assert row.tobytes() in file[start:start + length]
+        assert length < row.nbytes + mmap.PAGESIZE
+
+
 def test_each_image_once_an_epoch():
     from sklearn.datasets import load_digits
     digits = data.Data("digits")
@@ -1753,15 +1754,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--dtype=bf16", "--recompute", "--compile"])
 def test_ways_to_be_faster_or_smaller(flag, tmp_path, monkeypatch):
-    compiled = []
+    """The same losses. Three graphs serve all blocks, the teacher, and any number of samples."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs))
+        return graph.forward
     real = torch.compile
-    monkeypatch.setattr(torch, "compile",
-                        lambda net: compiled.append(1) or real(net, backend="eager"))
-    plain = train("SiT", tmp_path / "a", "--steps", 4)
-    fast = train("SiT", tmp_path / "b", "--steps", 4, flag)
-    assert len(compiled) == (2 if flag == "--compile" else 0)
+    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend=backend))
+    torch._dynamo.reset()
+    flags = ["--steps", 6, "--eval-samples", 8]
+    plain = train("SiT", tmp_path / "a", *flags)
+    fast = train("SiT", tmp_path / "b", *flags, flag)
+    assert 2 <= len(graphs) <= 3 if flag == "--compile" else not graphs
     for row, other in zip(plain["log"], fast["log"], strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=0.02 if "bf16" in flag else 1e-6)
+    assert fast["model"].keys() == plain["model"].keys()
     assert all(x.dtype == torch.float32 for x in fast["model"].values())
 
 
@@ -2616,6 +2624,234 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
     refused("bomb.npz: neither a folder of images nor an intact .npz (arr_0 has another size")
 
 
+# ---------------------------------------------------------------- a GPU where there is none
+
+CUDA = torch.device("cuda:0")
+SYNCHRONISE = ["_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2"]
+
+
+class Fake(torch.Tensor):
+    """C++ takes it for a tensor on the CPU, Python sees cuda:0; held: its values."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+
+    @staticmethod
+    def __new__(cls, x):
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, x.shape, x.stride(), x.storage_offset(), dtype=x.dtype, device="cpu")
+        self.held = x
+        return self
+
+    def to(self, *args, **kwargs):
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        x = self if dtype in (None, self.dtype) else super().to(dtype)
+        return x.cpu() if device and device.type == "cpu" else x
+
+    def cpu(self):
+        FakeGPU.now.note("waits", "to the CPU")
+        return self.held.detach().clone()
+
+    def __reduce_ex__(self, protocol):  # torch.save
+        return self.cpu().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return FakeGPU.now.__torch_dispatch__(op, types, args, kwargs)
+
+
+class FakeGPU(TorchDispatchMode):
+    """Inside it the scripts find a GPU, whose tensors are Fakes: with FakeGPU() as gpu.
+
+    gpu.waits, gpu.copies, gpu.kernels: Counters of "operation file.py:line", where the CPU waits
+    for the GPU; what is copied to it without waiting (pinned, non_blocking); kernels (no views).
+    To mix GPU and CPU tensors is an error, but for a CPU tensor of 0 dimensions.
+    Not covered: nccl, CUDA's own list of autocast, what kernels do inside, torch.compile.
+    """
+
+    def __enter__(self):
+        FakeGPU.now = self
+        self.waits, self.copies, self.kernels = (Counter() for _ in range(3))
+        self.stack = contextlib.ExitStack()
+        autocast = torch.autocast
+        generator = runtime.generator
+        to = nn.Module.to
+        group = clip_grad._group_tensors_by_device_and_dtype
+
+        def pin_memory(x):
+            x = x.clone()
+            x.pinned = True
+            return x
+
+        def move(module, *args, **kwargs):
+            torch.__future__.set_swap_module_params_on_conversion(True)  # parameters become Fakes
+            module = to(module, *(CUDA if str(x) == "cuda" else x for x in args), **kwargs)
+            torch.__future__.set_swap_module_params_on_conversion(False)
+            return module
+        for owner, name, value in (
+                (torch.cuda, "is_available", lambda: True), (torch.cuda, "_lazy_init", lambda: 0),
+                (torch.cuda, "current_device", lambda: 0), (nn.Module, "to", move),
+                (torch.Tensor, "pin_memory", pin_memory),
+                (torch, "autocast", lambda _, *args, **kwargs: autocast("cpu", *args, **kwargs)),
+                (runtime, "generator", lambda *numbers, device=None: generator(*numbers)),
+                (clip_grad, "_group_tensors_by_device_and_dtype", lambda *args: {
+                    (CUDA, dtype): x for (_, dtype), x in group(*args).items()})):
+            self.stack.enter_context(mock.patch.object(owner, name, value))
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(device=...) copies, as we then see
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch._C._set_only_lift_cpu_tensors(False)
+        self.stack.close()
+        super().__exit__(*error)
+
+    def note(self, kind, what):
+        """Counts it for the innermost line of ours, outside of the tests."""
+        frame = sys._getframe(1)
+        while frame and (frame.f_code.co_filename == __file__
+                         or Path(frame.f_code.co_filename).parent != HERE):
+            frame = frame.f_back
+        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "the tests"
+        getattr(self, kind)[f"{what} {place}"] += 1
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = op._schema.name.removeprefix("aten::")
+        returns = op._schema.returns
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        fakes = [x for x in tensors if isinstance(x, Fake)]
+        others = [x for x in tensors if not isinstance(x, Fake)]
+        made = str(kwargs.get("device")).startswith("cuda")
+        if not fakes and not made:
+            return op(*args, **kwargs)
+        indices = []
+        if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple):
+            indices = [x for x in args[1] if x is not None]
+        if name in ("_to_copy", "copy_"):
+            from_cpu = others and tensors[-1] is others[-1]
+            free = getattr(tensors[-1], "pinned", False) and (
+                kwargs.get("non_blocking") or args[2:] == (True,))
+            if others:
+                self.note("copies" if free and from_cpu else "waits",
+                          "to the GPU" if from_cpu else "to the CPU")
+        elif any(x.ndim and not any(x is y for y in indices) for x in others):
+            raise RuntimeError(f"{op}: tensors on the CPU and on cuda:0")
+        if name in SYNCHRONISE or any(
+                x.dtype == torch.bool or not isinstance(x, Fake) for x in indices):
+            self.note("waits", name)
+        is_view = any(x.alias_info and not x.alias_info.is_write for x in returns)
+        if not is_view and "empty" not in name:
+            self.note("kernels", name)
+        if made:
+            kwargs["device"] = torch.device("cpu")
+        held = tree_map_only(Fake, lambda x: x.held, (args, kwargs))
+        out = op(*held[0], **held[1])
+        if op._schema.is_mutable and returns:
+            return args[0]
+        return tree_map_only(torch.Tensor, Fake, out)
+
+
+@pytest.mark.parametrize(("kind", "flags", "kernels", "copies"), [
+    ("SiT", [], 554, 6), ("DiT", [], 686, 6),
+    ("SiT", ["--teacher", "online", "--guide-share", 0.5, "--clip", 1, "--accum", 2], 1288, 12),
+    ("DiT", ["--num-labels", 3, "--t-max", 0.75], 905, 7),
+    ("DiT", ["--w-range", 1, 3, "--dtype", "bf16"], 1053, 6)])
+def test_training_on_a_gpu_is_that_on_the_cpu(kind, flags, kernels, copies, tmp_path):
+    """Resuming and evaluations too. A step of training never waits for the GPU.
+
+    kernels, copies: of a step. More of them are a price to know of: change the numbers if it is.
+    """
+    flags = ["--eval-samples", 8, "--log-every", 100, "--save-every", 0, *flags]
+    counts = []
+    for steps in 1, 3, 6:  # resumed twice
+        with FakeGPU() as gpu:
+            there = train(kind, tmp_path / "gpu", *flags, "--steps", steps)
+        counts.append([gpu.waits, gpu.copies, gpu.kernels])
+    cpu = train(kind, tmp_path / "cpu", *flags, "--steps", 6)
+    for part in "model", "ema", "optimizer":
+        same(cpu[part], there[part])
+    assert cpu["log"][-1]["fd"] == pytest.approx(there["log"][-1]["fd"])
+    found = []
+    for three, two in zip(counts[2], counts[1], strict=True):
+        three.subtract(two)  # one step is left
+        found.append(sum(three.values()))
+    assert found == [0, copies, kernels], counts[2]
+
+
+@pytest.mark.parametrize(("kind", "sampler", "draws"), [
+    ("SiT", "euler-maruyama", 1), ("SiT", "euler", 0), ("SiT", "heun", 0), ("DiT", "ddpm", 1),
+    ("DiT", "ddim", 0)])
+def test_sampling_on_a_gpu_is_that_on_the_cpu(kind, sampler, draws, tmp_path):
+    """A step never waits for the GPU, also with CFG in an interval; its draws are pinned."""
+    model = random_model(f"{kind}-T/2", in_channels=4)
+    vae = tiny_vae(tmp_path)
+    seeds = torch.arange(4)
+    options = {"sampler": sampler, "cfg": 2.0, "interval": (0.2, 0.7)}
+    want = generate(model, seeds, seeds, steps=9, vae=vae, **options)
+    with FakeGPU() as gpu:
+        model, vae = (copy.deepcopy(x).to("cuda:0") for x in (model, vae))
+        counts = []
+        for steps in 9, 8:
+            gpu.waits.clear()
+            gpu.copies.clear()
+            got = generate(model, seeds, seeds, steps=steps, vae=vae, **options)
+            assert steps == 8 or torch.equal(got, want)
+            counts.append((sum(gpu.waits.values()), sum(gpu.copies.values())))
+    assert counts[0][0] == counts[1][0] == 3  # the labels, whether all is finite, the images
+    assert counts[0][1] - counts[1][1] == draws
+
+
+@pytest.mark.parametrize("features", ["inception", "classifier"])
+def test_scores_on_a_gpu_are_those_on_the_cpu(features, tmp_path, inception_file):
+    """No batch waits for the GPU."""
+    x, y = digit_samples(12, 30)
+    np.savez(tmp_path / "x.npz", arr_0=x, labels=y)
+    weights = None if features == "classifier" else inception_file
+    reference = "digits" if features == "classifier" else x[:6]
+    options = {"features": features, "weights": weights}
+    want = fid.evaluate(tmp_path / "x.npz", reference, **options)
+    with FakeGPU() as gpu:
+        ref = fid.load_reference(reference, **options)
+        counts = []
+        for batch in 6, 4:
+            gpu.waits.clear()
+            assert fid.evaluate(tmp_path / "x.npz", ref, batch=batch) == pytest.approx(want, 1e-5)
+            counts.append(sum(gpu.waits.values()))
+    assert counts[1] - counts[0] == 0, gpu.waits
+
+
+def test_latents_made_on_a_gpu_are_those_of_the_cpu(tmp_path):
+    folder = image_folder(tmp_path / "images")
+    tiny_vae(tmp_path)
+    flags = "--vae", tmp_path / "vae", "--batch", 4
+    want = prepare(folder, tmp_path / "cpu", *flags)
+    with FakeGPU():
+        got = prepare(folder, tmp_path / "gpu", *flags)
+    np.testing.assert_array_equal(got.images, want.images)
+
+
+def test_the_fake_gpu_is_strict():
+    with FakeGPU() as gpu:
+        x = torch.ones(3, device="cuda:0")
+        cpu = torch.ones(3)
+        assert isinstance(x + torch.tensor(1.0), Fake) and not gpu.waits
+        with pytest.raises(RuntimeError, match="on the CPU and on cuda:0"):
+            x + cpu
+        for act in (lambda: x[x > 0], lambda: x[torch.tensor([0])], lambda: x.sum().item(),
+                    lambda: bool(x.any()), lambda: x.nonzero(), lambda: x.cpu(),
+                    lambda: cpu.to("cuda:0"), lambda: cpu.to("cuda:0", non_blocking=True),
+                    lambda: cpu.pin_memory().to("cuda:0"), lambda: cpu.copy_(x),
+                    lambda: torch.tensor([1.0], device="cuda:0"),
+                    lambda: torch.as_tensor(1.0, device="cuda:0")):
+            gpu.waits.clear()
+            act()
+            assert sum(gpu.waits.values()) == 1
+        gpu.waits.clear()
+        cpu.pin_memory().to("cuda:0", non_blocking=True)
+        x[torch.tensor([0, 1]).pin_memory().to("cuda:0", non_blocking=True)] += 1
+        assert not gpu.waits and sum(gpu.copies.values()) == 2
+
+
 def test_help_is_quick():
     """Without the libraries that take seconds to import."""
     code = ("import sys, fid, sample, train_sit_mg, toy_mg\n"
@@ -2636,10 +2872,9 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, inception_file, capsys)
     for folder in "photos", "imagenet/train":
         image_folder(tmp_path / folder, classes=("cat", "dog"))
     vae = tiny_vae(tmp_path)
-    compiled = torch.compile
     monkeypatch.setattr(models, "load_vae", lambda *_: vae)
     monkeypatch.setattr(models, "SIZES", {size: (1, 16, 2) for size in models.SIZES})
-    monkeypatch.setattr(torch, "compile", lambda net: compiled(net, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda _: None)
     monkeypatch.setattr(toy_mg, "POINTS", 200)
     np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
     for kind in SCRIPTS:

@@ -207,11 +207,15 @@ def train(args, data, rank, world, device):
         real = args.reference or args.data
         features = fid.choose_features(real, args.weights)
         reference = fid.load_reference(real, features, size=data.size, weights=args.weights)
-    net = torch.compile(model) if args.compile else model
-    ema_net = torch.compile(ema) if args.compile else ema
-    teacher = net if args.teacher == "online" else ema_net
+    net = model
+    teacher = model if args.teacher == "online" else ema
+    if args.compile:  # block by block: the blocks are alike, so that one is compiled for all
+        torch._dynamo.config.optimize_ddp = False  # it would split the graphs once more
+        for block in [*model.blocks, *ema.blocks]:
+            block.compile()
     if world > 1:
-        net = DistributedDataParallel(net, broadcast_buffers=False)  # pos_embed is constant
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # pos_embed is constant; the argument is deprecated
     weights = [p.detach() for p in model.parameters()]
     ema_weights = list(ema.parameters())
     if rank == 0:
@@ -438,7 +442,7 @@ def parse_args(argv):
         help="decay of the moving average; at step n at most (1+n)/(10+n) [preset]")
     add("--clip", type=number("(0, inf)"), help="clip the gradient norm [off]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="autocast [%(default)s]")
-    add("--compile", action="store_true", help="torch.compile the network and its teacher [off]")
+    add("--compile", action="store_true", help="torch.compile the network's blocks [off]")
     add("--recompute", action="store_true", help="activation checkpointing [off]")
     add("--seed", type=number("[0, 2147483647]", int), default=0, help="of all draws [%(default)s]")
     add = p.add_argument_group("evaluation, files").add_argument

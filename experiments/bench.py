@@ -1,7 +1,8 @@
-"""What a step, a sample and a score cost: `python experiments/bench.py [steps sampling fid gpu]`.
+"""What things cost: `python experiments/bench.py [steps sampling fid] [counts] [gpu]`.
 
 Things are compared in alternation, in one process; figures are medians of ratios. Let nothing else
-run beside it. `gpu`, on a GPU alone: steps/s and TFLOP/s of B/2 and XL/2 in bf16.
+run beside it. `counts`: memory and FLOPs of training SiTs in bf16, counted without computing.
+`gpu`, on a GPU alone: steps/s and TFLOP/s of B/2 and XL/2 in bf16.
 """
 import copy
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, ROOT)
@@ -53,14 +55,16 @@ def ratios(functions, rounds):
 
 
 def training_step(name, input_size, channels, batch, teacher="ema", share=1.0, t_max=1.0, labels=0,
-                  dtype=None, wrap=None):
+                  dtype=None, compiled=False):
     """A whole step (draws, loss, backward, AdamW, EMA), as a function."""
     script = SCRIPTS[name[:3]]
     model = models.create_model(name, input_size=input_size, in_channels=channels, num_classes=1000)
     model = model.to(DEVICE)
     ema = copy.deepcopy(model).requires_grad_(False)
-    net, average = (wrap(model), wrap(ema)) if wrap else (model, ema)
-    teacher = {"ema": average, "online": net, None: None}[teacher]
+    if compiled:
+        for block in [*model.blocks, *ema.blocks]:
+            block.compile()
+    teacher = {"ema": ema, "online": model, None: None}[teacher]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
     weights = [p.detach() for p in model.parameters()]
     ema_weights = list(ema.parameters())
@@ -79,7 +83,7 @@ def training_step(name, input_size, channels, batch, teacher="ema", share=1.0, t
             offsets = 1 + torch.rand(batch, 999, device=DEVICE).topk(labels).indices
             draws["others"] = (y[:, None] + offsets) % 1000
         with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
-            script.mg_loss(net, teacher, x0, y, 1.5, noise=torch.randn_like(x0), null=1000,
+            script.mg_loss(model, teacher, x0, y, 1.5, noise=torch.randn_like(x0), null=1000,
                            share=share, **draws).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -154,16 +158,54 @@ def bench_fid():
             print(f"memory of FD of {n} images: {peak(*lines):.0f} MB", flush=True)
 
 
+def saved_bytes(name, batch, recompute):
+    """What a forward pass keeps for the backward pass, beside the weights; and the parameters."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+    with FakeTensorMode():
+        model = models.create_model(name, input_size=32, in_channels=4, num_classes=1000)
+        model.checkpointing = recompute
+        x = torch.empty(batch, 4, 32, 32)
+        label = torch.empty(batch, dtype=torch.int64)
+        with (torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+              torch.autocast("cpu", torch.bfloat16)):
+            model(x, torch.empty(batch), label).square().mean()
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    return (sum(n for key, n in kept.items() if key not in weights),
+            sum(p.numel() for p in model.parameters()))
+
+
+def bench_counts():
+    """State: fp32 weights, gradients, average and AdamW's two moments, 20 bytes a parameter."""
+    print("| model | state, GB | MB a sample | with --recompute | GFLOPs a sample and step |\n"
+          "|---|---|---|---|---|")
+    for name in "SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2":
+        cells = []
+        for recompute in False, True:
+            two, parameters = saved_bytes(name, 2, recompute)
+            four, _ = saved_bytes(name, 4, recompute)
+            cells.append(f"{(four - two) / 2 / 1e6:.0f}")
+        with torch.device("meta"):
+            model = models.create_model(name, input_size=32, in_channels=4, num_classes=1000)
+        # Forward 1, backward 2, and of the online teacher at a quarter .9 / 4.
+        flops = models.flops(model) * (3 + 0.225) / 1e9
+        print(f"| {name} | {20 * parameters / 1e9:.1f} | {' | '.join(cells)} | {flops:.0f} |")
+
+
 def bench_gpu():
     """Steps/s and achieved TFLOP/s (forward 1, backward 2, plus the teacher's passes)."""
     for name, batch in ("SiT-B/2", 256), ("SiT-XL/2", 64):
         with torch.device("meta"):
             model = models.create_model(name, input_size=32, in_channels=4, num_classes=1000)
         cost = models.flops(model)
-        for wrap in None, torch.compile:
+        for compiled in False, True:
             for way, passes in (("plain", 3), ("ema", 3 + 1.8), ("online", 3 + 0.9),
                                 ("online, 1/4", 3 + 0.225)):
-                step = training_step(name, 32, 4, batch, dtype=torch.bfloat16, wrap=wrap,
+                step = training_step(name, 32, 4, batch, dtype=torch.bfloat16,
+                                     compiled=compiled,
                                      **WAYS[way])
                 for _ in range(10):
                     step()
@@ -176,7 +218,7 @@ def bench_gpu():
                     torch.cuda.synchronize()
                     times.append((time.perf_counter() - start) / 10)
                 speed = 1 / statistics.median(times)
-                what = f"{name}, batch {batch}, bf16, {way}{', --compile' if wrap else ''}"
+                what = f"{name}, batch {batch}, bf16, {way}{', --compile' if compiled else ''}"
                 print(f"{what}: {speed:.2f} steps/s, {passes * cost * batch * speed / 1e12:.0f} "
                       f"TFLOP/s", flush=True)
 
