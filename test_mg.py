@@ -179,14 +179,14 @@ def tiny_vae(folder):
 def test_parameters_and_gflops_are_the_published_ones(capsys, monkeypatch):
     """DiT's Table 4 and the paper's Fig. 6, within 1 %."""
     monkeypatch.setattr(sys, "argv", ["models.py"])
-    monkeypatch.setattr(models, "NAMES", [name for name in models.NAMES if name.endswith("/2")])
+    published = {"SiT-S/2": (33, 6.06), "DiT-B/2": (130, 23.01), "SiT-L/2": (458, 80.71),
+                 "DiT-XL/2": (675, 118.64)}
+    monkeypatch.setattr(models, "NAMES", [*published])
     models.main()
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "iT-" in line]
     found = {row[1].strip(): (float(row[2]), float(row[3])) for row in rows}
-    for kind in "DiT", "SiT":
-        for size, want in (("S/2", (33, 6.06)), ("B/2", (130, 23.01)), ("L/2", (458, 80.71)),
-                           ("XL/2", (675, 118.64))):
-            assert found[f"{kind}-{size}"] == pytest.approx(want, rel=0.01)
+    for name, want in published.items():
+        assert found[name] == pytest.approx(want, rel=0.01)
 
 
 def dit_by_name(state, x, t, y, heads=4, patch=2):
@@ -1587,14 +1587,13 @@ def test_processes_and_accumulation_change_rounding_alone(kind, flags, tmp_path)
 
 
 def test_under_torchrun(tmp_path):
-    """Two processes, two --accum: a run with its evaluation is the run of one process; resumed."""
+    """Two processes, two --accum: a run with its evaluation is the run of one process."""
     flags = [*FEW, "--steps", 4, "--save-every", 2, "--eval-samples", 8, "--accum", 2]
     run = train("DiT", tmp_path / "a", *flags)
     assert run["log"][-1].keys() >= {"fd", "accuracy", "precision", "recall"}
-    for says in "", "resuming from step 4":
-        code, words = shell("train_dit_mg.py", *flags, "--out", tmp_path / "b", processes=2)
-        assert code == 0 and "Traceback" not in words and says in words, words
-        same(load(tmp_path / "b"), run, 1e-4, 1e-4)
+    code, words = shell("train_dit_mg.py", *flags, "--out", tmp_path / "b", processes=2)
+    assert code == 0 and "Traceback" not in words and "Warning" not in words, words
+    same(load(tmp_path / "b"), run, 1e-4, 1e-4)
 
 
 def test_a_signal_to_one_process_saves_all(tmp_path):
@@ -1844,10 +1843,10 @@ def test_init_takes_rows_by_name(tmp_path, capsys):
 @pytest.mark.parametrize("vae", [False, True])
 def test_training_on_images_of_ones_own(vae, tmp_path, inception_file):
     """Folder -> data.py -> a run with its evaluation -> a picture, and the source then moves."""
-    folder = image_folder(tmp_path / "images", 12)
+    folder = image_folder(tmp_path / "images", 6)
     tiny_vae(tmp_path)
     prepare(folder, tmp_path / "data", "--vae", tmp_path / "vae" if vae else "none")
-    flags = ["--model", "SiT-T/2", "--eval-samples", 6, "--weights", inception_file,
+    flags = ["--model", "SiT-T/2", "--eval-samples", 4, "--weights", inception_file,
              "--eval-batch", 4, "--ema", 0.5]
     run = train("SiT", tmp_path / "out", "--data", tmp_path / "data", *flags, "--steps", 2)
     assert run["log"][-1]["fid"] > 0 and run["classes"] == ["class0", "class1"]
@@ -1864,7 +1863,7 @@ def test_training_on_images_of_ones_own(vae, tmp_path, inception_file):
         line = error(lambda: train("SiT", tmp_path / "new", *flags))
         assert "is gone; give --reference" in line
     else:  # the kept statistics are those of the images
-        kept, anew = (fid.evaluate(real[:5] // 2, x, **options) for x in (moved, real))
+        kept, anew = (fid.evaluate(real[:4] // 2, x, **options) for x in (moved, real))
         assert kept == pytest.approx(anew, rel=1e-5)
 
 
@@ -2585,7 +2584,8 @@ def test_fid_bad_input(tmp_path, monkeypatch, inception_file):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url",
                         lambda *_, **__: torch.load(inception_file))
     x, _ = digit_samples(64, 10)
-    for name, array in (("good", x), ("one", x[:1]), ("float", x / 255), ("color", x.repeat(3, 3)),
+    for name, array in (("good", x), ("one", x[:1]), ("float", x / 255),
+                        ("color", x[:4].repeat(3, 3)),
                         ("large", np.zeros((4, 16, 16, 1), np.uint8))):
         np.savez(f"{name}.npz", arr_0=array)
     np.savez("part.npz", mu=np.zeros(64), sigma=np.eye(64))
@@ -2804,16 +2804,16 @@ def test_sampling_on_a_gpu_is_that_on_the_cpu(kind, sampler, draws, tmp_path):
 @pytest.mark.parametrize("features", ["inception", "classifier"])
 def test_scores_on_a_gpu_are_those_on_the_cpu(features, tmp_path, inception_file):
     """No batch waits for the GPU."""
-    x, y = digit_samples(12, 30)
+    x, y = digit_samples(4, 30)
     np.savez(tmp_path / "x.npz", arr_0=x, labels=y)
     weights = None if features == "classifier" else inception_file
-    reference = "digits" if features == "classifier" else x[:6]
+    reference = "digits" if features == "classifier" else x[::-1]
     options = {"features": features, "weights": weights}
     want = fid.evaluate(tmp_path / "x.npz", reference, **options)
     with FakeGPU() as gpu:
         ref = fid.load_reference(reference, **options)
         counts = []
-        for batch in 6, 4:
+        for batch in 4, 2:
             gpu.waits.clear()
             assert fid.evaluate(tmp_path / "x.npz", ref, batch=batch) == pytest.approx(want, 1e-5)
             counts.append(sum(gpu.waits.values()))
