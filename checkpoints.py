@@ -356,6 +356,7 @@ def to_safetensors(model, config, path):
     state = {key: x.contiguous() for key, x in model.state_dict().items()}
     with runtime.atomic(path) as f:
         f.write(save(state, {"format": "pt", HEADER: json.dumps(header)}))
+    print(f"{path} has {len(state)} tensors of {config['model']}")
 
 
 def to_diffusers(model, config, vae, folder):

@@ -524,8 +524,10 @@ def report(folder, files):
         save_classes(prepared.images, torch.from_numpy(prepared.labels), preview, prepared.rows)
         yield f"look at {preview}"
     flags = "--w 1.5 --teacher online --guide-share 0.25"
-    if prepared.kind == "pixels" and prepared.size > 64:
-        flags += " --eval-samples 0"
+    if len(prepared.classes) == 1:
+        flags = "--w 1 --eval-samples 0"  # nothing to guide, and no classifier to score with
+    elif prepared.kind == "pixels" and prepared.size > 64:
+        flags += " --eval-samples 0"  # or Inception's weights are downloaded
     yield f"next: torchrun train_sit_mg.py --data {shlex.quote(folder)} {flags}"
 
 

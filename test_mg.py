@@ -2412,6 +2412,12 @@ def test_own_images_are_scored_by_a_classifier_of_them(tmp_path, monkeypatch, ca
         assert samples["arr_0"].shape == (8, 16, 16, 3)
     perfect = fid.evaluate(tmp_path / "real.npz", out, "classifier")
     assert perfect["fd"] < 1e-6 and perfect["accuracy"] == perfect["precision"] == 1
+    single = bright_and_dark(tmp_path / "single", 4)
+    shutil.rmtree(single / "b")
+    capsys.readouterr()
+    prepare(single, tmp_path / "one class", "--vae", "none")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("/one class' --w 1 --eval-samples 0")  # quoted
     (out / "classifier.npz").unlink()
 
     def score(_):
