@@ -1,23 +1,30 @@
 #!/usr/bin/env bash
 # The runs of experiments/README.md, two at a time, one thread each: experiments/run.sh [PART ...]
-# What is there is skipped, and what was interrupted goes on. Then: python experiments/tables.py
-# Progress bars and errors go to out/experiments/stderr.txt.
+# What has rows in experiments/results.csv is skipped, and what was interrupted goes on. Then: python
+# experiments/tables.py. Progress bars and errors go to out/experiments/stderr.txt.
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 out=out/experiments
 mkdir -p $out
+declare -A trained  # the command that makes a run's checkpoint, also where results.csv alone is left
 
 # Each function prints commands, one a line.
 once() {  # MARK COMMAND: unless it has run to its end
   echo "test -e $1 || ($2 && touch $1) || echo FAILED: $1"
+}
+scored() {  # RUN COMMAND: unless results.csv has its scores, which it then gets; RUN: NAME-sSEED
+  grep -q "^${1%-s*},${1##*-s}," experiments/results.csv ||
+    echo "$2 && python experiments/tables.py keep $1 || echo FAILED: $1"
 }
 run() {  # NAME SCRIPT FLAGS: for seeds 0, 1, 2
   local name=$1 script=$2
   shift 2
   for seed in 0 1 2; do
     local dir=$out/$name-s$seed
-    once $dir/done "python $script --out $dir --seed $seed --eval-batch 200 $*"
+    local train="python $script --out $dir --seed $seed --eval-batch 200 $*"
+    trained[$name-s$seed]="flock $dir.lock sh -c 'test -e $dir/done || ($train && touch $dir/done)'"
+    scored $name-s$seed "${trained[$name-s$seed]}"
   done
 }
 draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., scored
@@ -25,9 +32,10 @@ draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., sco
   shift 2
   for seed in 0 1 2; do
     local file=$out/$name-$suffix-s$seed
-    local command="python sample.py $out/$name-s$seed/ckpt.pt --out $file.npz --seed $seed $*"
-    command+=" --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
-    once $file.md "$command && python fid.py $file.npz digits > $file.tmp && mv $file.tmp $file.md"
+    local command="${trained[$name-s$seed]:-true} && python sample.py $out/$name-s$seed/ckpt.pt"
+    command+=" --out $file.npz --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
+    command+=" --seed $seed $* && python fid.py $file.npz digits > $file.tmp && mv $file.tmp $file.md"
+    scored $name-$suffix-s$seed "$command"
   done
 }
 
@@ -46,9 +54,10 @@ warmup_init() {  # from the preset's plain network
   for seed in 0 1 2; do
     local init="--init $out/preset-plain-s$seed/ckpt.pt --seed $seed"
     for teacher in "ema" "online --guide-share 0.25"; do
-      local dir=$out/init-${teacher%% *}-s$seed
-      local command="python train_sit_mg.py --out $dir --teacher $teacher $init"
-      once $dir/done "$command --steps 200 --eval-every 25 --eval-batch 200"
+      local name=init-${teacher%% *}-s$seed
+      local command="${trained[preset-plain-s$seed]:-true} && python train_sit_mg.py $init"
+      command+=" --out $out/$name --teacher $teacher --steps 200 --eval-every 25 --eval-batch 200"
+      scored $name "$command"
     done
   done
 }
@@ -119,7 +128,9 @@ curves() {
       command+=" --seed $seed --out $plain --eval-every 400 --eval-batch 200 --steps $steps"
       command+=" && cp $plain/ckpt.pt $copy/tmp && mv $copy/tmp $copy/ckpt.pt))"
     done
-    once $plain/done "$command"
+    command="flock $plain.lock sh -c '$command'"
+    for steps in 400 800 1600 2400; do trained[plain$steps-s$seed]=$command; done
+    scored curve-plain-s$seed "$command"
   done
 }
 curves_cfg() {
@@ -204,6 +215,7 @@ mnist_score() {
 parts="warmup warmup_cfg warmup_init warmup_dit warmup_dit_cfg sparse sparse_dit sparse_t gft board
   curves curves_cfg table3 table3_draw table3_dit table4 table5 table5_draw table6 fig4 late late_auto
   late_auto_draw mnist_images mnist mnist_draw mnist_score"
+for part in $parts; do $part > /dev/null; done  # each run's command is known
 for part in ${*:-$parts}; do
   declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }
   $part | xargs -d '\n' -P 2 -I{} bash -c '{}' 2>> $out/stderr.txt

@@ -1,7 +1,8 @@
 """Tables of what experiments/run.sh has run: `python experiments/tables.py [PREFIX ...]`.
 
 A row for each name: means over its seeds, and the Fréchet distances one by one. For the runs that
-were scored on their way, `python experiments/tables.py price` also draws assets/price.png.
+were scored on their way, `python experiments/tables.py price` also draws assets/price.png. run.sh
+calls `tables.py keep NAME-sSEED`: the scores of that run go to experiments/results.csv.
 """
 import csv
 import re
@@ -9,31 +10,54 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+import filelock
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import runtime
+
 FOLDER = ROOT / "out" / "experiments"
+RESULTS = ROOT / "experiments" / "results.csv"
+COLUMNS = ["run", "seed", "step", "w", "fd", "accuracy", "precision", "recall"]
 LINES = {  # of the figure: runs, and what a step costs in plain ones (bench.py)
     "plain": ("curve-plain", 1), "MG, EMA teacher": ("curve-ema", 1.61),
     "MG, online teacher": ("curve-online", 1.29),
     "MG, online, a quarter guided": ("curve-quarter", 1.11)}
 
 
+def read():
+    """The rows of results.csv, dicts of strings."""
+    with RESULTS.open() as f:
+        return list(csv.DictReader(f))
+
+
+def keep(name):
+    """Takes the scores of a run, or of a sample set, whose step is 0, into results.csv."""
+    run, seed = re.fullmatch(r"(.*)-s(\d+)", name).groups()
+    table = FOLDER / f"{name}.md"
+    if table.exists():  # fid.py's
+        lines = [line.split("|")[1:-1] for line in table.read_text().splitlines()]
+        row = {key.strip().lower(): cell.strip() for key, cell in zip(lines[0], lines[2])}
+        found = [row | {"step": "0"}]
+    else:
+        with (FOLDER / name / "log.csv").open() as f:
+            found = [row for row in csv.DictReader(f) if row.get("accuracy")]
+    found = [{key: row.get(key, "") for key in COLUMNS} | {"run": run, "seed": seed}
+             for row in found]
+    with filelock.FileLock(FOLDER / "results.lock"):
+        others = [row for row in read() if (row["run"], row["seed"]) != (run, seed)]
+        rows = sorted(others + found, key=lambda row: (row["run"], row["seed"], int(row["step"])))
+        lines = [",".join(row[key] for key in COLUMNS) + "\n" for row in rows]
+        with runtime.atomic(RESULTS) as f:
+            f.write("".join([",".join(COLUMNS) + "\n", *lines]).encode())
+
+
 def scores():
     """{name: {seed: {step: row of scores}}} of all runs, and of sample sets, whose step is 0."""
     found = {}
-    for path in sorted([*FOLDER.glob("*/log.csv"), *FOLDER.glob("*.md")]):
-        if path.suffix == ".md":  # fid.py's table
-            lines = [line.split("|")[1:-1] for line in path.read_text().splitlines()]
-            row = {key.strip().lower(): cell.strip() for key, cell in zip(lines[0], lines[2])}
-            rows = [row | {"step": 0}]
-            name = path.stem
-        else:
-            with path.open() as f:
-                rows = list(csv.DictReader(f))
-                name = path.parent.name
-        rows = {int(row["step"]): row for row in rows if row.get("accuracy")}
-        if rows:
-            name, seed = re.fullmatch(r"(.*)-s(\d+)", name).groups()
-            found.setdefault(name, {})[int(seed)] = rows
+    for row in read():
+        seeds = found.setdefault(row["run"], {})
+        seeds.setdefault(int(row["seed"]), {})[int(row["step"])] = row
     return found
 
 
@@ -89,5 +113,7 @@ def price(path):
 if __name__ == "__main__":
     if sys.argv[1:] == ["price"]:
         price(ROOT / "assets" / "price.png")
+    elif sys.argv[1:2] == ["keep"]:
+        keep(sys.argv[2])
     else:
         main(tuple(sys.argv[1:]))
