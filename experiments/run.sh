@@ -39,16 +39,34 @@ draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., sco
   done
 }
 
+# ---------------------------------------------------------------- MG beside CFG, at the presets
+quality() {
+  run preset-plain train_sit_mg.py --w 1
+  for w in 1.1 1.25 1.4 1.5 1.6 1.75; do run preset-w$w train_sit_mg.py --w $w; done
+  run preset-quarter train_sit_mg.py --teacher online --guide-share 0.25
+}
+quality_cfg() {  # at its best scale, which has to be looked for; and in an interval
+  for cfg in 1.25 1.5 1.75 2 2.5 3; do draw preset-plain cfg$cfg --cfg $cfg --seed 0; done
+  for cfg in 2 3; do
+    draw preset-plain cfg$cfg-low --cfg $cfg --interval 0 0.75 --seed 0
+    draw preset-plain cfg$cfg-mid --cfg $cfg --interval 0.25 0.75 --seed 0
+  done
+}
+quality_dit() {
+  run dit-preset-plain train_dit_mg.py --w 1
+  for w in 1.25 1.5 1.75; do run dit-preset-w$w train_dit_mg.py --w $w; done
+  run dit-preset-quarter train_dit_mg.py --teacher online --guide-share 0.25
+}
+quality_dit_cfg() {
+  for cfg in 1.5 1.75 2 2.5; do draw dit-preset-plain cfg$cfg --cfg $cfg --seed 0; done
+}
+
 # ---------------------------------------------------------------- the average's warm-up, presets
 warmup() {
   for w in 1 1.25 1.5; do
     run steps-w$w train_sit_mg.py --w $w --steps 800 --eval-every 100
   done
   run steps-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 800 --eval-every 100
-  run preset-plain train_sit_mg.py --w 1
-}
-warmup_cfg() {  # CFG at its best scale, which has to be looked for
-  for cfg in 1.5 1.75 2 2.5; do draw preset-plain cfg$cfg --cfg $cfg --seed 0; done
 }
 warmup_init() {  # from the preset's plain network
   for seed in 0 1 2; do
@@ -67,10 +85,6 @@ warmup_dit() {
   done
   run dit-steps-quarter train_dit_mg.py --teacher online --guide-share 0.25 --steps 1600 \
     --eval-every 100
-  run dit-preset-plain train_dit_mg.py --w 1
-}
-warmup_dit_cfg() {
-  for cfg in 1.5 1.75 2 2.5; do draw dit-preset-plain cfg$cfg --cfg $cfg --seed 0; done
 }
 
 # ---------------------------------------------------------------- guidance for a share
@@ -212,7 +226,7 @@ mnist_score() {
   echo "python fid.py $files out/mnist-28 --picture out/mnist-ways.png"
 }
 
-parts="warmup warmup_cfg warmup_init warmup_dit warmup_dit_cfg sparse sparse_dit sparse_t gft board
+parts="quality quality_cfg quality_dit quality_dit_cfg warmup warmup_init warmup_dit sparse sparse_dit sparse_t gft board
   curves curves_cfg table3 table3_draw table3_dit table4 table5 table5_draw table6 fig4 late late_auto
   late_auto_draw mnist_images mnist mnist_draw mnist_score"
 for part in $parts; do $part > /dev/null; done  # each run's command is known
