@@ -226,9 +226,9 @@ mnist_score() {
   echo "python fid.py $files out/mnist-28 --picture out/mnist-ways.png"
 }
 
-parts="quality quality_cfg quality_dit quality_dit_cfg warmup warmup_init warmup_dit sparse sparse_dit sparse_t gft board
-  curves curves_cfg table3 table3_draw table3_dit table4 table5 table5_draw table6 fig4 late late_auto
-  late_auto_draw mnist_images mnist mnist_draw mnist_score"
+parts="quality quality_cfg quality_dit quality_dit_cfg warmup warmup_init warmup_dit sparse sparse_dit
+  sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4 table5 table5_draw table6
+  fig4 late late_auto late_auto_draw mnist_images mnist mnist_draw mnist_score"
 for part in $parts; do $part > /dev/null; done  # each run's command is known
 for part in ${*:-$parts}; do
   declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }
