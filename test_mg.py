@@ -952,7 +952,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
 
 def public_file(path, layout, args=None):
     """Random weights in a public layout -> what its own code computes from x, t, y."""
-    model = random_model("DiT-S/8" if layout == "dit" else "SiT-S/8", 16, 4, 7)
+    model = random_model("DiT-T/8" if layout == "dit" else "SiT-T/8", 16, 4, 7)
     state = dict(model.state_dict())
     if layout == "sit":
         double_channels(state)
@@ -970,19 +970,19 @@ def public_file(path, layout, args=None):
 
 
 @pytest.mark.parametrize(("layout", "name", "args"), [
-    ("dit", "DiT-XL-2-512x512.pt", None), ("dit", "0400000.pt", {"model": "DiT-S/8"}),
+    ("dit", "DiT-XL-2-512x512.pt", None), ("dit", "0400000.pt", {"model": "DiT-T/8"}),
     ("sit", "SiT-XL-2-256x256.pt", None), ("mg", "sit-mg.pt", None), ("repa", "last.pt", None),
-    ("sit", "04.pt", {"model": "SiT-S/8", "path_type": "Linear", "prediction": "velocity"}),
+    ("sit", "04.pt", {"model": "SiT-T/8", "path_type": "Linear", "prediction": "velocity"}),
     ("sit without variance", "04.pt",
-     {"model": "SiT-S/8", "path_type": "Linear", "prediction": "velocity", "seed": np.int64(3),
+     {"model": "SiT-T/8", "path_type": "Linear", "prediction": "velocity", "seed": np.int64(3),
       "lr": np.float32(1e-4), "out": Path("results")}),
     ("ddp", "last.pt", None),
-    ("repa", "04.pt", {"model": "SiT-S/8", "path_type": "linear", "prediction": "v"})])
+    ("repa", "04.pt", {"model": "SiT-T/8", "path_type": "linear", "prediction": "v"})])
 def test_public_files_mean_what_they_meant(layout, name, args, tmp_path):
     original = public_file(tmp_path / name, layout, args)
     model, config = load_checkpoint(tmp_path / name)
     assert (model.num_classes, model.input_size, model.in_channels) == (7, 16, 4)
-    assert config["model"] == ("DiT-S/8" if layout == "dit" else "SiT-S/8")
+    assert config["model"] == ("DiT-T/8" if layout == "dit" else "SiT-T/8")
     x = torch.randn(4, 4, 16, 16)
     y = torch.tensor([0, 3, 6, 7])
     t = torch.tensor([0.0, 0.3, 0.71, 1.0]) * (999 if layout == "dit" else 1)
@@ -1003,10 +1003,10 @@ def test_public_files_of_another_kind_are_refused(wrong, tmp_path):
 
 def test_files_that_name_no_convention(tmp_path):
     """Weights alone: a SiT's could be SiT's or REPA's, and a DiT needs its variance channels."""
-    state = random_model("SiT-S/8", 16, 4, 7).state_dict()
+    state = random_model("SiT-T/8", 16, 4, 7).state_dict()
     for key in "model", "state_dict":
-        torch.save({key: random_model("DiT-S/8", 16, 4, 7).state_dict()}, tmp_path / "DiT.pt")
-        assert load_checkpoint(tmp_path / "DiT.pt")[1]["model"] == "DiT-S/8"
+        torch.save({key: random_model("DiT-T/8", 16, 4, 7).state_dict()}, tmp_path / "DiT.pt")
+        assert load_checkpoint(tmp_path / "DiT.pt")[1]["model"] == "DiT-T/8"
         torch.save({key: state}, tmp_path / "last.pt")
         assert "which way t runs" in error(lambda: load_checkpoint(tmp_path / "last.pt"))
     torch.save({"ema": state}, tmp_path / "DiT.pt")
@@ -1016,10 +1016,10 @@ def test_files_that_name_no_convention(tmp_path):
 def test_safetensors(tmp_path):
     """A public file's tensors, and ours, written and read, with its config."""
     from safetensors.torch import load_file, save_file
-    public = random_model("DiT-S/8", 16, 4, 7)
+    public = random_model("DiT-T/8", 16, 4, 7)
     save_file(dict(public.state_dict()), tmp_path / "DiT-S-8.safetensors")
     model, config = load_checkpoint(tmp_path / "DiT-S-8.safetensors")
-    assert config["model"] == "DiT-S/8"
+    assert config["model"] == "DiT-T/8"
     same(model.state_dict(), public.state_dict())
     ours = random_model(scale_aware=True)
     file = tmp_path / "mg.safetensors"
@@ -1840,12 +1840,11 @@ def test_init_takes_rows_by_name(tmp_path, capsys):
     assert (new[0] - old[0]).abs().min() > 0 and second["config"]["model"] == "SiT-T/2"
 
 
-@pytest.mark.parametrize("vae", [False, True])
-def test_training_on_images_of_ones_own(vae, tmp_path, inception_file):
+def test_training_on_images_of_ones_own(tmp_path, inception_file):
     """Folder -> data.py -> a run with its evaluation -> a picture, and the source then moves."""
     folder = image_folder(tmp_path / "images", 6)
     tiny_vae(tmp_path)
-    prepare(folder, tmp_path / "data", "--vae", tmp_path / "vae" if vae else "none")
+    prepare(folder, tmp_path / "data", "--vae", tmp_path / "vae")
     flags = ["--model", "SiT-T/2", "--eval-samples", 4, "--weights", inception_file,
              "--eval-batch", 4, "--ema", 0.5]
     run = train("SiT", tmp_path / "out", "--data", tmp_path / "data", *flags, "--steps", 2)
@@ -1858,13 +1857,11 @@ def test_training_on_images_of_ones_own(vae, tmp_path, inception_file):
     draw(tmp_path / "out" / "ckpt.pt", tmp_path / "grid.png", "--labels", "class1")
     options = {"weights": inception_file}
     assert "(16, 16, 3)" in error(lambda: fid.load_reference(moved, size=32, **options))
-    if vae:
-        (moved / "inception.npz").unlink()
-        line = error(lambda: train("SiT", tmp_path / "new", *flags))
-        assert "is gone; give --reference" in line
-    else:  # the kept statistics are those of the images
-        kept, anew = (fid.evaluate(real[:4] // 2, x, **options) for x in (moved, real))
-        assert kept == pytest.approx(anew, rel=1e-5)
+    kept, anew = (fid.evaluate(real[:4] // 2, x, **options) for x in (moved, real))
+    assert kept == pytest.approx(anew, rel=1e-5)  # the statistics are those of the images
+    (moved / "inception.npz").unlink()
+    line = error(lambda: train("SiT", tmp_path / "new", *flags))
+    assert "is gone; give --reference" in line
 
 
 @pytest.mark.parametrize(("line", "says"), [
@@ -2758,7 +2755,7 @@ class FakeGPU(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("kind", "flags", "kernels", "copies"), [
-    ("SiT", [], 554, 6), ("DiT", [], 686, 6),
+    ("SiT", [], 554, 6),
     ("SiT", ["--teacher", "online", "--guide-share", 0.5, "--clip", 1, "--accum", 2], 1288, 12),
     ("DiT", ["--num-labels", 3, "--t-max", 0.75], 905, 7),
     ("DiT", ["--w-range", 1, 3, "--dtype", "bf16"], 1053, 6)])
