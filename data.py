@@ -72,7 +72,7 @@ class Data:
         if Path(name, "progress").exists():
             raise UserError(f"--data {name}: not complete; run its data.py command again")
         info = read_info(name)
-        self.images = open_array(name)
+        self.images = open_array(name, info.get("shape"))
         self.images._mmap.madvise(mmap.MADV_RANDOM)  # or each row would read a megabyte
         try:
             self.kind = info["kind"]
@@ -312,7 +312,7 @@ def fill(folder, info, make, *, free=()):
         if rank == 0:
             begin(folder, json.loads(json.dumps(info)), free)
         runtime.barrier()
-        array = open_array(folder)
+        array = open_array(folder, info["shape"])
         progress = folder / "progress"
         mine = []
         if progress.exists():
@@ -373,11 +373,11 @@ def begin(folder, info, free):
             f.truncate(f.tell() + math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize)
 
 
-def open_array(folder):
-    """FOLDER/x.npy, memory-mapped. UserError: it is missing, or not what data.json says."""
+def open_array(folder, shape):
+    """FOLDER/x.npy, memory-mapped. UserError: it is missing, or not of data.json's shape."""
     with contextlib.suppress(OSError, ValueError, EOFError):
         array = np.load(Path(folder, "x.npy"), mmap_mode="r")
-        if [*array.shape] == read_info(folder)["shape"]:
+        if shape and array.shape == tuple(shape):
             return array
     raise UserError(f"{folder}: its x.npy is missing or damaged; delete the folder, or "
                     "give another")

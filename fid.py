@@ -303,6 +303,7 @@ def train_classifier(images):
     others = place[np.arange(len(place)) % 5 > 0]
     side = images.shape[0]
     reach = side // 8
+    rank, _ = runtime.ranks()
 
     def batch(chosen):
         x = torch.from_numpy(images.array[images.order[chosen]])
@@ -313,7 +314,7 @@ def train_classifier(images):
         torch.default_generator.manual_seed(0)
         net = Classifier(images.shape, len(counts))
         right = torch.zeros(1)
-        if runtime.ranks()[0] == 0:
+        if rank == 0:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
             optimizer = torch.optim.Adam(net.parameters())
@@ -333,14 +334,14 @@ def train_classifier(images):
                 right += (net(x)[2].argmax(1) == y).sum()
             torch.set_num_threads(threads)
     for x in (*net.requires_grad_(False).parameters(), right):
-        runtime.reduce(x.mul_(runtime.ranks()[0] == 0))
+        runtime.reduce(x.mul_(rank == 0))
     accuracy = right.item() / len(held_out)
     often = counts.max() / images.count  # the accuracy of always naming the largest class
     found = (f"a classifier of its {len(counts)} classes, trained on the others, recognises "
              f"{accuracy:.3f} of {len(held_out)} held-out images")
     if accuracy < often + (1 - often) / 4:
         raise UserError(f"{images.name}: {found}: too few images to learn from; {remedy}")
-    if runtime.ranks()[0] == 0:
+    if rank == 0:
         print(f"{images.name}: {found}", flush=True)
     return net
 
@@ -653,9 +654,10 @@ def read_reference(file, headers, small):
     """
     if "mu" not in headers:
         return {}, None
-    d, d_s = (WIDTH, 0) if small else InceptionV3.widths[:2]
+    d = WIDTH if small else InceptionV3.widths[0]
     shapes = {"mu": (d,), "sigma": (d, d)}
     if "mu_s" in headers and not small:  # pytorch-fid's files have none
+        d_s = InceptionV3.widths[1]
         shapes |= {"mu_s": (d_s,), "sigma_s": (d_s, d_s)}
     if "pool" in headers:
         rows, *_ = headers["pool"][0]
