@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -612,7 +613,11 @@ def load_reference(reference, features="inception", *, size=None, weights=None, 
         except UserError:
             if kept is None:
                 raise
-            headers = {}  # it is computed anew
+    # A kept file may be damaged, or on one machine alone: then all processes compute it anew.
+    if kept and not runtime.reduce(torch.tensor(float(bool(stats))), dist.ReduceOp.MIN):
+        headers = {}
+        stats = {}
+        net = None
     images = None
     shape = None
     if "shape" in stats:
@@ -763,6 +768,8 @@ def main(argv=None):
         cells = ["-" if math.isnan(figure) else f"{figure:.4f}" for figure in figures]
         table.append([images.name, str(images.count), label_rule(images.name), *cells])
     if rank == 0:
+        for cells in table:
+            print("| " + " | ".join(cells) + " |", flush=True)
         if args.save_stats:
             with runtime.atomic(args.save_stats) as f:
                 np.savez(f, **reference.stats)
@@ -772,8 +779,6 @@ def main(argv=None):
             width = min(map(len, rows))  # some may have fewer
             picture = torch.cat([row[:width] for row in rows]).permute(0, 2, 3, 1)
             save_grid(picture.numpy(), args.picture, width)
-        for cells in table:
-            print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def save_classes(images, labels, path, rows=None):
     rows = np.arange(len(labels)) if rows is None else rows
     classes = labels.unique()
     classes = classes[torch.linspace(0, len(classes) - 1, min(10, len(classes))).long()]
-    found = [images[rows[labels == label][:10]] for label in classes]
+    found = [images[rows[(labels == label).numpy()][:10]] for label in classes]
     columns = max(map(len, found))
     blank = ((0, 0), (0, 0), (0, 0))
     filled = [np.pad(x, ((0, columns - len(x)), *blank), constant_values=255) for x in found]

@@ -2381,6 +2381,21 @@ def test_the_digits_classifier(tmp_path, monkeypatch):
         same(reference.stats["sigma"].tolist(), first.stats["sigma"].tolist())
 
 
+def test_what_one_machine_alone_has_kept_is_made_anew(tmp_path, monkeypatch):
+    """Rank 0 keeps the digits' statistics in a folder of its own, where they alone are found."""
+    monkeypatch.setattr(fid, "TRAINING", 60)
+
+    def load_there(rank):
+        os.environ["TORCH_HOME"] = str(tmp_path / str(rank))
+        runtime.setup()
+        reference = fid.load_reference("digits", "classifier")
+        np.save(tmp_path / f"{rank}.npy", reference.stats["sigma"])
+    for _ in range(2):
+        fork(load_there, 2)
+        np.testing.assert_array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
+    assert [*tmp_path.rglob("*.npz")] == [tmp_path / "0/hub/checkpoints/digits-classifier.npz"]
+
+
 def bright_and_dark(folder, count=60):
     """A folder of two classes of 16 pixels that are easy to tell apart."""
     rng = np.random.default_rng(0)
@@ -2409,7 +2424,7 @@ def test_own_images_are_scored_by_a_classifier_of_them(tmp_path, monkeypatch, ca
         assert samples["arr_0"].shape == (8, 16, 16, 3)
     perfect = fid.evaluate(tmp_path / "real.npz", out, "classifier")
     assert perfect["fd"] < 1e-6 and perfect["accuracy"] == perfect["precision"] == 1
-    single = bright_and_dark(tmp_path / "single", 4)
+    single = bright_and_dark(tmp_path / "single", 2)  # one image is left
     shutil.rmtree(single / "b")
     capsys.readouterr()
     prepare(single, tmp_path / "one class", "--vae", "none")
