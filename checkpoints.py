@@ -193,8 +193,8 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         .safetensors; a folder of diffusers' DiTPipeline, or its name on the hub.
     weights: "ema" or "model". UserError, in one line: missing, truncated, foreign or unsafe.
     """
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not os.path.exists(path) and (
-            Path(path).suffix not in (".pt", ".pth", ".safetensors")):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not os.path.exists(path) and (
+            Path(path).suffix not in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")):
         path = from_hub(str(path))
     path = Path(path)
     for file in path / "ckpt.pt", previous(path / "ckpt.pt"):
@@ -208,6 +208,8 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         if "config" not in state:
             state, config = from_public(state, weights, path)
     whole = f"{path}: not a whole checkpoint of ours"
+    if weights == "model" and "config" in state and {"model", "ema"} & state.keys() == {"ema"}:
+        raise UserError(f"{path}: holds the average alone; leave out --raw")
     try:
         if "config" in state:
             config = state["config"] | {key: state[key] for key in ("step", "w", "classes")}
@@ -245,6 +247,9 @@ def from_public(checkpoint, weights, path):
     are linear in a weight, so the weights are changed, here and nowhere else.
     """
     flags = checkpoint.get("args")
+    if isinstance(flags, dict):
+        flags = argparse.Namespace(**flags)
+    unlike = f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG"
     state = checkpoint
     if {"ema", "model", "state_dict"} & checkpoint.keys():
         state = checkpoint.get(weights, checkpoint.get("model", checkpoint.get("state_dict")))
@@ -263,11 +268,9 @@ def from_public(checkpoint, weights, path):
         rows = len(state["y_embedder.embedding_table.weight"])
         outputs = len(state["final_layer.linear.weight"]) // patch ** 2
     except KeyError as e:
-        raise UserError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG: lacks {e}, has "
-                        f"{', '.join([*state][:3])}, ...") from None
-    except (ValueError, IndexError) as e:
-        raise UserError(f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG: a tensor has "
-                        f"another shape ({e})") from None
+        raise UserError(f"{unlike}: lacks {e}, has {', '.join([*state][:3])}, ...") from None
+    except (ValueError, IndexError, ZeroDivisionError) as e:
+        raise UserError(f"{unlike}: a tensor has another shape ({e})") from None
     path_type = str(getattr(flags, "path_type", "linear"))
     prediction = getattr(flags, "prediction", "v")
     if path_type.lower() != "linear" or prediction not in ("v", "velocity"):
@@ -296,20 +299,29 @@ def from_public(checkpoint, weights, path):
     else:
         kind = "SiT"
     if sits_own:
-        cos, sin = state["t_embedder.mlp.0.weight"].float().chunk(2, 1)            # (D, 128) each
-        # With f(1-t) for the angle ft: cos f(1-t) = cos f cos ft + sin f sin ft, and
-        # sin f(1-t) = sin f cos ft - cos f sin ft.
-        f = models.frequencies()
-        turned = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
-        state["t_embedder.mlp.0.weight"] = torch.cat(turned, 1)
-        for key in "final_layer.linear.weight", "final_layer.linear.bias":
-            parts = state[key].unflatten(0, (patch ** 2, -1, channels))
-            state[key] = -parts[:, 0].flatten(0, 1)  # variance channels, if any, were never trained
+        try:
+            state = turned(state, patch, channels)
+        except (KeyError, RuntimeError) as e:
+            raise UserError(f"{unlike}: lacks, or has in another shape, {e}") from None
     return state, {
         "model": f"{kind}-{size}/{patch}", "input_size": round(tokens ** 0.5) * patch,
         "in_channels": channels, "num_classes": rows - 1, "scale_aware": False,
         "classes": [str(i) for i in range(rows - 1)], "w": None, "step": None,
         "vae": "stabilityai/sd-vae-ft-ema" if channels == 4 else None}
+
+
+def turned(state, patch, channels):
+    """The state dict of a SiT whose time runs from noise to data, for time from data to noise."""
+    cos, sin = state["t_embedder.mlp.0.weight"].float().chunk(2, 1)                # (D, 128) each
+    # With f(1-t) for the angle ft: cos f(1-t) = cos f cos ft + sin f sin ft, and
+    # sin f(1-t) = sin f cos ft - cos f sin ft.
+    f = models.frequencies()
+    new = {"t_embedder.mlp.0.weight": torch.cat([cos * f.cos() + sin * f.sin(),
+                                                 cos * f.sin() - sin * f.cos()], 1)}
+    for key in "final_layer.linear.weight", "final_layer.linear.bias":
+        parts = state[key].unflatten(0, (patch ** 2, -1, channels))
+        new[key] = -parts[:, 0].flatten(0, 1)  # variance channels, if any, were never trained
+    return state | new
 
 
 # ---------------------------------------------------------------- diffusers' DiTPipeline

@@ -30,6 +30,8 @@ from runtime import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
             ".tiff", ".ppm", ".pgm")
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF's orientations, but for upright
 DONE = b"\1"  # marks of a row in FOLDER/progress: written,
 BAD = b"\2"   # or without a value
 
@@ -87,6 +89,8 @@ class Data:
         except KeyError:
             raise UserError(f"--data {name}: not a folder that data.py prepared") from None
         self.rows = np.delete(np.arange(len(labels)), info.get("bad", []))
+        if not len(self.rows):
+            raise UserError(f"--data {name}: none of its images could be read")
         self.labels = labels[self.rows]
         self.shape = (3, self.size, self.size) if self.kind == "pixels" else self.images.shape[3:]
 
@@ -168,24 +172,29 @@ def read_image(path, size=None):
     size: ADM's centre crop to (size, size, 3): halved by box filters, then bicubic.
     UserError names a file that can't be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
     Image.MAX_IMAGE_PIXELS = 2 ** 28  # PIL refuses twice as many; its own bound is a third
     try:
         with Image.open(path) as image:
-            # Of colours with 16 bits PIL takes the upper 8, which are dark where it is really 12.
-            deep = any("RGB" in str(tile) and ";16" in str(tile) for tile in image.tile)
-            ImageOps.exif_transpose(image, in_place=True)
+            deep = any(";16" in str(tile) for tile in image.tile)
+            turn = None
+            with contextlib.suppress(Exception):  # whatever else is wrong with the EXIF
+                turn = TURNS.get(image.getexif().get(0x112))
+            if turn:
+                image = image.transpose(Image.Transpose[turn])
             if image.mode[0] in "IF":  # convert() would clip at 255
                 image = Image.fromarray(to_8_bits(np.asarray(image)))
+            # Of other modes with 16 bits PIL takes the upper 8, which are dark where 12 are used.
+            elif deep and np.asarray(image.convert("RGB")).max() < 16:
+                raise ValueError("12 bits stored as 16; scale it to 16 or 8")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             image = image.convert("RGB")
-            if deep and np.asarray(image).max() < 16:
-                raise ValueError("12 bits stored as 16; scale it to 16 or 8")
-    except Exception as e:  # noqa: BLE001  decoders raise anything
-        raise UserError(f"{path}: unreadable image ({e}); replace or remove it") from None
+    except Exception as e:  # decoders raise anything
+        reason = str(e) or type(e).__name__
+        raise UserError(f"{path}: unreadable image ({reason}); replace or remove it") from e
     if size is None:
         return np.array(image)
     if max(image.size) > 16 * min(image.size):  # or all of a strip would be resized
@@ -205,9 +214,10 @@ def read_image(path, size=None):
 
 
 def to_8_bits(values):
-    """Grey values, floats or whole numbers of up to 32 bits -> uint8.
+    """Grey values, floats or whole numbers of up to 16 bits -> uint8.
 
     White is 1 for floats up to 1, else the largest number of the least usual depth that holds them.
+    ValueError: no depth is likely.
     """
     largest = values.max()
     if not (np.isfinite(values).all() and values.min() >= 0):
@@ -215,14 +225,18 @@ def to_8_bits(values):
     if values.dtype.kind == "f" and largest <= 1:
         white = 1
     else:
-        white = next(2 ** bits - 1 for bits in (8, 10, 12, 14, 16, 32) if largest < 2 ** bits)
-    return np.rint(values * (255 / white)).astype(np.uint8)
+        depths = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2 ** bits]
+        white = min(depths, default=math.inf)
+    if 0 < largest < white / 16:
+        raise ValueError(f"grey values up to {largest:g}, so that white isn't known; scale it to "
+                         "8 bits")
+    return np.rint(values * (255 / white)).clip(max=255).astype(np.uint8)
 
 
 def list_images(folder):
     """All images below a folder, and all other files, sorted. Hidden ones don't count.
 
-    No folder is entered twice, as links may lead back up.
+    No folder is entered twice, as links may lead back up, nor one that data.py has written.
     """
     folder = Path(os.path.abspath(folder))
     images = []
@@ -230,7 +244,7 @@ def list_images(folder):
     seen = {parent.resolve() for parent in folder.parents} | {*folder.resolve().parents}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = Path(root).resolve()
-        if real in seen:
+        if real in seen or {"data.json", "x.npy"} <= {*files}:
             folders.clear()
             continue
         seen.add(real)
@@ -426,6 +440,13 @@ def describe(args, files, classes, vae):
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
                  "shape": [len(files), views, 2, vae.config.latent_channels, latent, latent],
                  "vae": os.path.abspath(args.vae) if local else args.vae}
+    saved = read_info(args.out) if is_prepared(args.out) else info
+    if "files" not in saved:  # of an earlier edition: nothing is left to do, or to compare
+        if Path(args.out, "progress").exists():
+            raise UserError(f"{args.out}: was begun by an earlier edition; delete it, or give "
+                            "another --out")
+        for key in "files", "images_sha256":
+            del info[key]
     return info
 
 
@@ -487,8 +508,13 @@ def main(argv=None):
         try:
             return read_image(path, args.size)
         except UserError as e:
-            if not os.path.isdir(args.folder):  # not one bad image, but all of them are gone
-                raise UserError(f"{args.folder}: is gone; run the same command again") from None
+            cause = e.__cause__
+            passing = isinstance(cause, MemoryError) or getattr(cause, "errno", None)
+            if isinstance(cause, FileNotFoundError):  # this one file, or all of its folder?
+                passing = not os.path.isdir(os.path.dirname(path))
+            if passing:
+                raise UserError(f"{path}: can't be read ({cause}); when that is mended, run the "
+                                "same command again") from None
             print(f"data.py: left out: {e}", file=sys.stderr, flush=True)
             return None
 
@@ -516,8 +542,6 @@ def report(folder, files):
     counts = np.bincount(prepared.labels, minlength=len(prepared.classes))
     for row in np.flatnonzero(counts == 0):
         yield f"warning: no image of class {prepared.classes[row]} can be read"
-    if not len(prepared):
-        raise UserError(f"{folder}: none of its images can be read")
     yield f"{folder} is complete"
     if prepared.kind == "pixels":
         preview = os.path.join(folder, "preview.png")

@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,8 +295,11 @@ def train_classifier(images):
     if images.array is None or images.labels is None or images.labels.min() < 0:
         raise UserError(f"{images.name}: features classifier needs images with labels: a folder "
                         "that data.py has prepared, digits, or an .npz with arr_0 and labels")
-    counts = np.bincount(images.labels)
     remedy = "give --eval-samples 0, or Inception's --weights FILE"
+    if images.shape[0] != images.shape[1] or images.labels.max() >= 10_000:
+        raise UserError(f"{images.name}: the classifier needs square images, here {images.shape}, "
+                        f"and labels below 10,000, here up to {images.labels.max()}; {remedy}")
+    counts = np.bincount(images.labels)
     if np.count_nonzero(counts) == 1:
         raise UserError(f"{images.name}: has one class, so that no classifier can score; {remedy}")
     place = np.argsort(images.order)  # as in the file, where classes are in order
@@ -311,16 +314,17 @@ def train_classifier(images):
         x = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         return x, torch.from_numpy(images.labels[chosen])
     with (plain_float32("cpu"), torch.inference_mode(False), torch.enable_grad(),
-          torch.random.fork_rng(devices=[])):
+          torch.random.fork_rng(devices=[]), ExitStack() as at_exit):
         torch.default_generator.manual_seed(0)
         net = Classifier(images.shape, len(counts))
         right = torch.zeros(1)
         if rank == 0:
-            threads = torch.get_num_threads()
+            at_exit.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
             optimizer = torch.optim.Adam(net.parameters())
             rate = 0.03 / len(net.convs)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=TRAINING)
+            bar = at_exit.enter_context(runtime.progress(64 * TRAINING, "classifier"))
             for _ in range(TRAINING):
                 x, y = batch(others[torch.randint(len(others), (64,))])
                 dy, dx = torch.randint(2 * reach + 1, (2,)).tolist()  # shifted
@@ -329,11 +333,11 @@ def train_classifier(images):
                 F.cross_entropy(net.fc2(net(x)[0]), y).backward()
                 optimizer.step()
                 schedule.step()
+                bar.update(64)
             net.requires_grad_(False)
             for chosen in np.array_split(held_out, math.ceil(len(held_out) / 500)):
                 x, y = batch(chosen)
                 right += (net(x)[2].argmax(1) == y).sum()
-            torch.set_num_threads(threads)
     for x in (*net.requires_grad_(False).parameters(), right):
         runtime.reduce(x.mul_(rank == 0))
     accuracy = right.item() / len(held_out)
@@ -401,8 +405,9 @@ class Images:
                             f"3, in an .npz as arr_0; found {dtype} {shape}")
         if headers:
             self.array = npz_array(name, "arr_0")
-            if headers.get("labels") == (shape[:1], np.int64):
-                self.labels = np.array(npz_array(name, "labels"))
+            labels_shape, labels_dtype = headers.get("labels", (None, None))
+            if labels_shape == shape[:1] and labels_dtype.kind in "iu":
+                self.labels = np.array(npz_array(name, "labels"), np.int64)
         self.order = np.arange(shape[0]) if rows is None else rows
         if by_class:
             mixed = np.random.RandomState(0).permutation(len(self.order))
@@ -665,17 +670,18 @@ def read_reference(file, headers, small):
         d_s = InceptionV3.widths[1]
         shapes |= {"mu_s": (d_s,), "sigma_s": (d_s, d_s)}
     if "pool" in headers:
-        rows, *_ = headers["pool"][0]
+        rows, *_ = headers["pool"][0] or (0,)
         shapes |= {"pool": (min(rows, MANIFOLD), d)}
     if "pool" in headers or small:
         shapes |= {"shape": (3,)}
     stats = read_statistics(file, headers, shapes)
     if not small:
         return stats, None
-    (classes, *_), _ = headers.get("net.fc2.weight", ((0,), None))
-    if not 1 < classes < 10_000:
+    classes, *_ = headers.get("net.fc2.weight", ((), None))[0] or (0,)
+    height, width, channels = stats["shape"].astype(int).tolist()
+    if not (1 < classes <= 10_000 and height == width in range(1, 1025) and channels in (1, 3)):
         raise UserError(f"{file}: has statistics of a classifier, but no classifier")
-    net = Classifier(stats["shape"].tolist(), classes).requires_grad_(False)
+    net = Classifier((height, width, channels), classes).requires_grad_(False)
     shapes = {f"net.{key}": tuple(x.shape) for key, x in net.state_dict().items()}
     weights = read_statistics(file, headers, shapes)
     net.load_state_dict({key: torch.from_numpy(weights[f"net.{key}"]) for key in net.state_dict()})
@@ -752,8 +758,12 @@ def main(argv=None):
     for flag, target in ("save-stats", args.save_stats), ("picture", args.picture):
         if target and (target.resolve() in inputs or not target.parent.is_dir()):
             raise UserError(f"--{flag} {target}: must not be an input, and its folder must exist")
+        if target:
+            inputs.append(target.resolve())  # of the second
     rank, _, _ = runtime.setup()
     samples = [Images(path) for path in args.samples]
+    if args.picture and len({images.shape for images in samples}) > 1:
+        raise UserError(f"--picture {args.picture}: the images of all SAMPLES must have one size")
     features = args.features or choose_features(args.reference, args.weights)
     reference = load_reference(args.reference, features, size=samples[0].shape[0],
                                weights=args.weights, batch=args.batch)

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import errno
 import io
 import itertools
 import json
@@ -326,6 +327,10 @@ def test_run_keeps_the_exit_status():
             os.environ |= {"RANK": "0"}
             runtime.run(lambda: sys.exit(code))  # noqa: B023  it runs at once
         assert says in fork(leave, status=status)
+
+
+def test_names_that_are_not_utf_8_can_be_printed():
+    assert r"\udcff.png" in fork(lambda _: runtime.run(lambda: print(os.fsdecode(b"\xff.png"))))
 
 
 def unpack_a_tensor(*_):
@@ -961,7 +966,8 @@ def public_file(path, layout, args=None):
     if layout == "repa":
         state |= {"projectors.0.0.weight": torch.ones(3, 3)}
     if args:
-        state = {"model": state, "ema": state, "opt": {}, "args": argparse.Namespace(**args)}
+        flags = args if path.name == "dict.pt" else argparse.Namespace(**args)
+        state = {"model": state, "ema": state, "opt": {}, "args": flags}
     elif layout in ("repa", "mg", "ddp"):
         state = {"ema": state, "steps": 4}
     torch.save(state, path)
@@ -976,6 +982,7 @@ def public_file(path, layout, args=None):
     ("sit without variance", "04.pt",
      {"model": "SiT-T/8", "path_type": "Linear", "prediction": "velocity", "seed": np.int64(3),
       "lr": np.float32(1e-4), "out": Path("results")}),
+    ("sit without variance", "dict.pt", {"path_type": "Linear", "prediction": "velocity"}),
     ("ddp", "last.pt", None),
     ("repa", "04.pt", {"model": "SiT-T/8", "path_type": "linear", "prediction": "v"})])
 def test_public_files_mean_what_they_meant(layout, name, args, tmp_path):
@@ -1031,15 +1038,23 @@ def test_safetensors(tmp_path):
     same(model.state_dict(), ours.state_dict())
     assert config == load_checkpoint(tmp_path / "c.pt")[1] and config["classes"][3] == "class 3"
     assert "must be a new file" in error(checkpoints.main, *argv)
+    assert "leave out --raw" in error(sample.main, file, "--raw")
     os.truncate(file, 5000)
     assert "mg.safetensors: truncated" in error(lambda: load_checkpoint(file))
 
 
 def test_what_stands_in_the_way_of_a_file_is_named(tmp_path):
+    sit = random_model("SiT-T/8", 16, 4, 7).state_dict()
+    own = {"args": {"path_type": "Linear", "prediction": "velocity"}}
+    t_input = "t_embedder.mlp.0.weight"
     for state, says in (({"ema": {"x_embedder.proj.weight": 3}}, "proj.weight is of type int"),
                         ({"ema": {"net.a": torch.ones(1), "net.b": torch.ones(1)}},
                          "lacks 'x_embedder.proj.weight', has net.a, net.b"),
-                        ({"ema": {"x_embedder.proj.weight": torch.ones(2)}}, "another shape")):
+                        ({"ema": {"x_embedder.proj.weight": torch.ones(2)}}, "another shape"),
+                        (sit | {"x_embedder.proj.weight": torch.ones(64, 4, 0, 0)}, "by zero"),
+                        (own | {"ema": sit | {t_input: torch.ones(64, 255)}}, "another shape"),
+                        (own | {"ema": {key: x for key, x in sit.items() if key != t_input}},
+                         f"lacks, or has in another shape, '{t_input}'")):
         torch.save(state, tmp_path / "x.pt")
         assert says in error(lambda: load_checkpoint(tmp_path / "x.pt"))
 
@@ -1083,7 +1098,8 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     assert "someone/DiT-T-2: no such file or folder here" in line and "give its folder" in line
     line = error(train_dit_mg.main, "--init", "someone/DiT-T-2", "--out", tmp_path / "out")
     assert "can't be had from the hub" in line
-    assert "no such checkpoint" in error(sample.main, "out/ckpt.pt")
+    for path in "out/ckpt.pt", "out/last.ckpt", "./DiT-T-2", "../DiT-T-2":
+        assert "no such checkpoint" in error(sample.main, path)
 
 
 def test_round_trip_through_diffusers(tmp_path):
@@ -1190,6 +1206,15 @@ def test_images_that_other_programs_write(tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it by 90 degrees, clockwise
     np.testing.assert_array_equal(read(Image.fromarray(x), exif=exif), np.rot90(x, -1))
+    ways = [x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.swapaxes(0, 1), np.rot90(x, -1),
+            np.rot90(x, 2).swapaxes(0, 1), np.rot90(x)]
+    for number, want in enumerate(ways, 1):
+        exif[0x0112] = number
+        np.testing.assert_array_equal(read(Image.fromarray(x), exif=exif), want)
+    # A width beside it that is a text, as some cameras write it.
+    tags = struct.pack(">2sHIHHHI4sHHI4sI", b"MM", 42, 8, 2, 0x0100, 2, 4, b"wide",
+                       0x0112, 3, 1, b"\0\6\0\0", 0)
+    np.testing.assert_array_equal(read(Image.fromarray(x), exif=tags), np.rot90(x, -1))
     ramp = np.arange(256).reshape(16, 16)
     want = np.stack([ramp] * 3, 2)
     twelve = np.rint(ramp * (4095 / 255)).astype(np.uint16)
@@ -1198,8 +1223,11 @@ def test_images_that_other_programs_write(tmp_path, monkeypatch):
         values = (ramp * (white / 255)).astype(np.float32)
         Image.fromarray(values).save(tmp_path / "float.tiff")
         np.testing.assert_array_equal(data.read_image(tmp_path / "float.tiff"), want)
-    Image.fromarray(values - 9).save(tmp_path / "float.tiff")
-    assert "values below 0" in error(lambda: data.read_image(tmp_path / "float.tiff"))
+    for x, says in ((values - 9, "values below 0"), (ramp / 200, "up to 1.275"),
+                    (ramp << 12, "up to 1.04448e+06"), (values * 1e6, "white isn't known")):
+        kind = np.float32 if x.dtype.kind == "f" else np.int32
+        Image.fromarray(x.astype(kind)).save(tmp_path / "float.tiff")
+        assert says in error(lambda: data.read_image(tmp_path / "float.tiff"))
     path.write_bytes(png_of_16_bits(want * 257))
     np.testing.assert_array_equal(data.read_image(path), want)
     path.write_bytes(png_of_16_bits(want * 16))
@@ -1287,6 +1315,30 @@ def test_damaged_images_are_left_out(vae, tmp_path, capsys):
     assert torch.equal(two.get(np.arange(5))[0], want)
     folder.rename(tmp_path / "moved")
     assert "no such folder" in error(data.main, folder, "--size", 16, "--out", tmp_path / "out")
+
+
+def test_what_passes_is_no_damage(tmp_path, monkeypatch):
+    """A class's folder that is gone, a disk's error: the same command goes on, without losses."""
+    from PIL import Image
+    folder = image_folder(tmp_path / "images")
+    out = folder / "out"  # in FOLDER, yet no class
+
+    def fail(cause):
+        def open_(*_):
+            raise cause
+        return open_
+    for cause, says in ((OSError(errno.EIO, "Input/output error"), "Input/output error"),
+                        (MemoryError(), "can't be read")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", fail(cause))
+            line = error(data.main, folder, "--size", 16, "--vae", "none", "--out", out)
+        assert says in line and "run the same command again" in line
+    (folder / "class1").rename(tmp_path / "class1")
+    assert "class1/1.png: can't be read" in error(
+        data.main, folder, "--size", 16, "--vae", "none", "--out", out)
+    (tmp_path / "class1").rename(folder / "class1")
+    for _ in range(2):
+        assert len(prepare(folder, out, "--vae", "none")) == 7
 
 
 def test_classes_of_numbers_are_sorted_as_numbers(tmp_path):
@@ -1383,6 +1435,18 @@ def test_data_refuses(tmp_path, capsys):
     assert "class0 (" in capsys.readouterr().out
     assert "another shape" in refused(size=8)
     assert "another flip" in refused(more=["--no-flip"])
+    # A folder of an earlier edition can be used, not gone on with.
+    info = json.loads((out / "data.json").read_text())
+    old = {key: x for key, x in info.items() if key != "files"} | {"images_sha256": "old"}
+    (out / "data.json").write_text(json.dumps(old))
+    assert prepare(folder, out, "--vae", "none").identity[0] == "old"
+    assert "another flip" in refused(more=["--no-flip"])
+    (out / "progress").touch()
+    assert "begun by an earlier edition" in refused()
+    (out / "progress").unlink()
+    (out / "data.json").write_text(json.dumps(info | {"bad": [*range(7)]}))
+    assert "none of its images" in refused()
+    (out / "data.json").write_text(json.dumps(info))
     shutil.copy(folder / "class0" / "2.png", folder / "class0" / "new.png")
     assert "such as class0/new.png; give another --out" in refused()
     assert "neither digits nor prepared" in error(lambda: data.Data(folder))
@@ -2445,6 +2509,10 @@ def test_own_images_are_scored_by_a_classifier_of_them(tmp_path, monkeypatch, ca
     assert "too few images to learn from" in line and "--eval-samples 0" in line
     np.savez(mixed, arr_0=real, labels=np.full(60, 4))
     assert "has one class" in error(lambda: fid.evaluate(real, mixed, "classifier"))
+    np.savez(mixed, arr_0=real, labels=np.arange(60) * 10**11)
+    assert "labels below 10,000" in error(lambda: fid.evaluate(real, mixed, "classifier"))
+    np.savez(mixed, arr_0=real[:, :8], labels=np.arange(60) % 2)
+    assert "square images" in error(lambda: fid.evaluate(real[:, :8], mixed, "classifier"))
 
 
 def digit_samples(n, noise, seed=0):
@@ -2543,7 +2611,7 @@ def test_command_line_and_references_of_statistics(tmp_path, capsys, monkeypatch
     from PIL import Image
     monkeypatch.chdir(tmp_path)
     fake, labels = digit_samples(80, 40, seed=1)
-    np.savez("fake.npz", arr_0=fake, labels=labels)
+    np.savez("fake.npz", arr_0=fake, labels=labels.astype(np.int32))
     np.savez("few.npz", arr_0=fake[:50])
     Path("fake.npz.json").write_text('{"class_labels": "balanced"}')
     want = fid.evaluate("fake.npz", "digits", "classifier")
@@ -2569,6 +2637,11 @@ def test_command_line_and_references_of_statistics(tmp_path, capsys, monkeypatch
     assert "the order is SAMPLES REFERENCE" in error(fid.main, "adm.npz", "fake.npz")
     np.savez("alone.npz", **{key: x for key, x in stats.items() if key[:3] != "net"})
     assert "no classifier" in error(lambda: fid.evaluate("fake.npz", "alone.npz", "classifier"))
+    for key, x in (("shape", np.array([8.0, 4, 1])), ("shape", -stats["shape"]),
+                   ("net.fc2.weight", np.array(3)), ("pool", np.array(3))):
+        np.savez("alone.npz", **stats | {key: x})
+        line = error(lambda: fid.evaluate("fake.npz", "alone.npz", "classifier"))
+        assert "no classifier" in line or "must be numbers" in line
     monkeypatch.setattr(fid, "InceptionV3", TwoFeatures)
     np.savez("alone.npz", mu=stats["mu"], sigma=stats["sigma"])  # as pytorch-fid's files
     capsys.readouterr()
@@ -2593,6 +2666,8 @@ BAD = {
     "good.npz digits --features classifier --weights x.pth": "--weights x.pth",
     "good.npz digits --picture good.npz": "--picture",
     "good.npz large.npz digits": "large.npz",
+    "good.npz large.npz digits --picture a.png": "all SAMPLES must have one size",
+    "good.npz digits --picture a.png --save-stats a.png": "--picture a.png",
     "digits good.npz": "digits: real images; the order is SAMPLES REFERENCE",
 }
 
