@@ -135,11 +135,13 @@ class Data:
         """self.images[index], asked of the disk all at once, and without what lies around it."""
         if isinstance(self.images, np.memmap):
             strides = self.images.strides
-            offsets = sum(i * stride for i, stride in zip(index, strides, strict=False))
-            for start in (self.images.offset + offsets).tolist():
-                page = start - start % mmap.PAGESIZE
-                end = start + strides[len(index) - 1]
-                self.images._mmap.madvise(mmap.MADV_WILLNEED, page, end - page)
+            starts = self.images.offset + sum(
+                i * stride for i, stride in zip(index, strides, strict=False))
+            before = starts % mmap.PAGESIZE
+            advise = self.images._mmap.madvise
+            for page, length in zip((starts - before).tolist(),
+                                    (before + strides[len(index) - 1]).tolist(), strict=True):
+                advise(mmap.MADV_WILLNEED, page, length)
         return self.images[index]
 
     def originals(self):

@@ -17,20 +17,25 @@ scored() {  # RUN COMMAND: unless results.csv has its scores, which it then gets
   grep -q "^${1%-s*},${1##*-s}," experiments/results.csv ||
     echo "$2 && python experiments/tables.py keep $1 || echo FAILED: $1"
 }
-run() {  # NAME SCRIPT FLAGS: for seeds 0, 1, 2
+run() {  # NAME SCRIPT FLAGS: for seeds 0, 1, 2, or $seeds; from=NAME: with that run's --init
   local name=$1 script=$2
   shift 2
-  for seed in 0 1 2; do
-    local dir=$out/$name-s$seed
-    local train="python $script --out $dir --seed $seed --eval-batch 200 $*"
-    trained[$name-s$seed]="flock $dir.lock sh -c 'test -e $dir/done || ($train && touch $dir/done)'"
+  for seed in ${seeds:-0 1 2}; do
+    local dir=$out/$name-s$seed first= init=
+    if [ "${from:-}" ]; then
+      first="${trained[$from-s$seed]:-true} && "
+      init="--init $out/$from-s$seed/ckpt.pt"
+    fi
+    local train="python $script --out $dir --seed $seed --eval-batch 200 $init $*"
+    train="flock $dir.lock sh -c 'test -e $dir/done || ($train && touch $dir/done)'"
+    trained[$name-s$seed]=$first$train
     scored $name-s$seed "${trained[$name-s$seed]}"
   done
 }
 draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., scored
   local name=$1 suffix=$2
   shift 2
-  for seed in 0 1 2; do
+  for seed in ${seeds:-0 1 2}; do
     local file=$out/$name-$suffix-s$seed
     local command="${trained[$name-s$seed]:-true} && python sample.py $out/$name-s$seed/ckpt.pt"
     command+=" --out $file.npz --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
@@ -46,10 +51,10 @@ quality() {
   run preset-quarter train_sit_mg.py --teacher online --guide-share 0.25
 }
 quality_cfg() {  # at its best scale, which has to be looked for; and in an interval
-  for cfg in 1.25 1.5 1.75 2 2.5 3; do draw preset-plain cfg$cfg --cfg $cfg --seed 0; done
+  for cfg in 1.25 1.5 1.75 2 2.5 3; do draw preset-plain cfg$cfg --cfg $cfg; done
   for cfg in 2 3; do
-    draw preset-plain cfg$cfg-low --cfg $cfg --interval 0 0.75 --seed 0
-    draw preset-plain cfg$cfg-mid --cfg $cfg --interval 0.25 0.75 --seed 0
+    draw preset-plain cfg$cfg-low --cfg $cfg --interval 0 0.75
+    draw preset-plain cfg$cfg-mid --cfg $cfg --interval 0.25 0.75
   done
 }
 quality_dit() {
@@ -58,7 +63,49 @@ quality_dit() {
   run dit-preset-quarter train_dit_mg.py --teacher online --guide-share 0.25
 }
 quality_dit_cfg() {
-  for cfg in 1.5 1.75 2 2.5; do draw dit-preset-plain cfg$cfg --cfg $cfg --seed 0; done
+  for cfg in 1.5 1.75 2 2.5; do draw dit-preset-plain cfg$cfg --cfg $cfg; done
+}
+
+# ---------------------------------------------------------------- network passes per image
+passes() {  # plain, CFG and MG at their best; Heun of N steps calls the network 2N - 1 times
+  local seeds=0
+  for sampler in euler-maruyama euler; do
+    for steps in 8 12 16 24 50 100 200; do
+      for name in preset-plain preset-w1.4; do
+        draw $name $sampler$steps --sampler $sampler --steps $steps
+      done
+    done
+    for steps in 4 6 8 12 25 50 100; do
+      draw preset-plain cfg1.75-$sampler$steps --cfg 1.75 --sampler $sampler --steps $steps
+    done
+  done
+  for steps in 4 6 8 12 25 50 100; do
+    for name in preset-plain preset-w1.4; do
+      draw $name heun$steps --sampler heun --steps $steps
+    done
+  done
+  for steps in 2 3 4 6 13 25 50; do
+    draw preset-plain cfg1.75-heun$steps --cfg 1.75 --sampler heun --steps $steps
+  done
+}
+passes_dit() {
+  local seeds=0
+  for steps in 8 12 16 25 50 100 200; do
+    draw dit-preset-plain ddpm$steps --steps $steps
+    draw dit-preset-w1.5 ddpm$steps --steps $steps
+  done
+  for steps in 4 6 8 12 25 50 100; do
+    draw dit-preset-plain cfg2-ddpm$steps --cfg 2 --steps $steps
+  done
+}
+
+# ---------------------------------------------------------------- fine-tuning plain networks
+finetune() {  # w = 2 - 1 / the best scale of CFG, here 1.75
+  for steps in 25 50 100 200 400; do
+    from=preset-plain run fine400-ema$steps train_sit_mg.py --w 1.43 --steps $steps
+    from=preset-plain run fine400-quarter$steps train_sit_mg.py --w 1.43 --teacher online \
+      --guide-share 0.25 --steps $steps
+  done
 }
 
 # ---------------------------------------------------------------- the average's warm-up, presets
@@ -67,17 +114,6 @@ warmup() {
     run steps-w$w train_sit_mg.py --w $w --steps 800 --eval-every 100
   done
   run steps-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 800 --eval-every 100
-}
-warmup_init() {  # from the preset's plain network
-  for seed in 0 1 2; do
-    local init="--init $out/preset-plain-s$seed/ckpt.pt --seed $seed"
-    for teacher in "ema" "online --guide-share 0.25"; do
-      local name=init-${teacher%% *}-s$seed
-      local command="${trained[preset-plain-s$seed]:-true} && python train_sit_mg.py $init"
-      command+=" --out $out/$name --teacher $teacher --steps 200 --eval-every 25 --eval-batch 200"
-      scored $name "$command"
-    done
-  done
 }
 warmup_dit() {
   for w in 1 1.25 1.5; do
@@ -226,9 +262,9 @@ mnist_score() {
   echo "python fid.py $files out/mnist-28 --picture out/mnist-ways.png"
 }
 
-parts="quality quality_cfg quality_dit quality_dit_cfg warmup warmup_init warmup_dit sparse sparse_dit
-  sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4 table5 table5_draw table6
-  fig4 late late_auto late_auto_draw mnist_images mnist mnist_draw mnist_score"
+parts="quality quality_cfg passes finetune quality_dit quality_dit_cfg passes_dit warmup warmup_dit
+  sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4 table5
+  table5_draw table6 fig4 late late_auto late_auto_draw mnist_images mnist mnist_draw mnist_score"
 for part in $parts; do $part > /dev/null; done  # each run's command is known
 for part in ${*:-$parts}; do
   declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }
