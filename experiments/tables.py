@@ -1,7 +1,7 @@
 """Tables of what experiments/run.sh has run: `python experiments/tables.py [PREFIX ...]`.
 
-A row for each name: means over its seeds, and the Fréchet distances one by one. For the runs that
-were scored on their way, `python experiments/tables.py price` also draws assets/price.png. run.sh
+A row for each name: means over its seeds, and the Fréchet distances one by one. `quality`, `passes`
+and `price` in place of a PREFIX draw assets/quality.png and so on, and print their tables. run.sh
 calls `tables.py keep NAME-sSEED`: the scores of that run go to experiments/results.csv.
 """
 import csv
@@ -23,6 +23,12 @@ LINES = {  # of the figure: runs, and what a step costs in plain ones (bench.py)
     "plain": ("curve-plain", 1), "MG, EMA teacher": ("curve-ema", 1.61),
     "MG, online teacher": ("curve-online", 1.29),
     "MG, online, a quarter guided": ("curve-quarter", 1.11)}
+
+SAMPLERS = {  # of the other figure: their runs' names, which end in a number of steps
+    "SiT, Euler-Maruyama": ("preset", "w1.4", "cfg1.75", "euler-maruyama"),
+    "SiT, Heun": ("preset", "w1.4", "cfg1.75", "heun"),
+    "SiT, Euler": ("preset", "w1.4", "cfg1.75", "euler"),
+    "DiT, DDPM": ("dit-preset", "w1.5", "cfg2", "ddpm")}
 
 
 def read():
@@ -77,6 +83,73 @@ def main(prefixes):
                   f"{mean(accuracies):.3f} | {mean(recalls):.2f} |")
 
 
+def quality(path):
+    """FD against the scale of guidance: CFG's, and 1/(2-w) of MG: a figure, and a table."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.4), layout="tight")
+    found = scores()
+    for i, (kind, preset) in enumerate((("SiT", "preset"), ("DiT", "dit-preset")), 1):
+        axis = figure.add_subplot(1, 2, i)
+        for label, pattern in (("plain + CFG, two passes", rf"{preset}-plain-cfg([\d.]+)"),
+                               ("MG at 1/(2-w), one pass", rf"{preset}-w([\d.]+)")):
+            curve = {1: by_seed(found[f"{preset}-plain"])}
+            for run, seeds in found.items():
+                match = re.fullmatch(pattern, run)
+                if match:
+                    scale = float(match[1])
+                    curve[1 / (2 - scale) if "MG" in label else scale] = by_seed(seeds)
+            plot(axis, curve, label)
+            for scale, distances in sorted(curve.items()):
+                print(f"| {kind} | {label} | {scale:.2f} | {mean(distances):.1f} | "
+                      f"{' '.join(f'{x:.1f}' for x in distances)} |")
+        axis.set(title=kind, xlabel="scale of guidance", ylabel="FD", xlim=(0.9, 3.1))
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def by_seed(seeds):
+    """The FD of each seed, at its run's end."""
+    return [float(seeds[seed][max(seeds[seed])]["fd"]) for seed in sorted(seeds)]
+
+
+def plot(axis, curve, label):
+    """Means of {x: values of each seed}, as a line in a band from the least to the largest."""
+    points = sorted(curve.items())
+    x = [x for x, _ in points]
+    axis.plot(x, [mean(values) for _, values in points], ".-", label=label)
+    axis.fill_between(x, [min(values) for _, values in points],
+                      [max(values) for _, values in points], alpha=0.2)
+    axis.grid(alpha=0.3, which="both")
+
+
+def passes(path):
+    """FD against network passes per image: a figure, and a table for each sampler."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 6.4), layout="tight")
+    found = scores()
+    for i, (title, (preset, w, cfg, sampler)) in enumerate(SAMPLERS.items(), 1):
+        axis = figure.add_subplot(2, 2, i)
+        print(f"\n{title}: FD at passes per image")
+        for label, name, calls in (("plain", f"{preset}-plain", 1),
+                                   (f"plain + CFG {cfg[3:]}", f"{preset}-plain-{cfg}", 2),
+                                   (f"MG, w {w[1:]}", f"{preset}-{w}", 1)):
+            curve = {}
+            for run, seeds in found.items():
+                match = re.fullmatch(rf"{name}-{sampler}(\d+)", run)
+                if match:
+                    steps = int(match[1])
+                    steps = 2 * steps - 1 if sampler == "heun" else steps
+                    curve[calls * steps] = by_seed(seeds)
+            if curve:
+                plot(axis, curve, label)
+            figures = ", ".join(f"{x}: {mean(y):.1f}" for x, y in sorted(curve.items()))
+            print(f"| {label} | {figures} |")
+        axis.set(title=title, xlabel="network passes per image", ylabel="FD", xscale="log",
+                 yscale="log")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def price(path):
     """FD against what training has cost: a figure, and a table at 400, 800, 1600 plain steps."""
     from matplotlib.figure import Figure
@@ -111,9 +184,10 @@ def price(path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["price"]:
-        price(ROOT / "assets" / "price.png")
-    elif sys.argv[1:2] == ["keep"]:
+    if sys.argv[1:2] == ["keep"]:
         keep(sys.argv[2])
+    elif sys.argv[1:] in (["quality"], ["passes"], ["price"]):
+        draw = {"quality": quality, "passes": passes, "price": price}[sys.argv[1]]
+        draw(ROOT / "assets" / f"{sys.argv[1]}.png")
     else:
         main(tuple(sys.argv[1:]))
