@@ -67,7 +67,7 @@ quality_dit_cfg() {
 }
 
 # ---------------------------------------------------------------- network passes per image
-passes() {  # plain, CFG and MG at their best; Heun of N steps calls the network 2N - 1 times
+passes() {  # plain, CFG and MG at several scales; Heun of N steps calls the network 2N - 1 times
   local seeds=0
   for sampler in euler-maruyama euler; do
     for steps in 8 12 16 24 50 100 200; do
@@ -77,6 +77,13 @@ passes() {  # plain, CFG and MG at their best; Heun of N steps calls the network
     done
     for steps in 4 6 8 12 25 50 100; do
       draw preset-plain cfg1.75-$sampler$steps --cfg 1.75 --sampler $sampler --steps $steps
+    done
+    for steps in 8 12 16 24 50; do  # what is best may change with few steps
+      for w in 1.25 1.5; do draw preset-w$w $sampler$steps --sampler $sampler --steps $steps; done
+      for cfg in 1.5 2; do
+        draw preset-plain cfg$cfg-$sampler$((steps / 2)) --cfg $cfg --sampler $sampler \
+          --steps $((steps / 2))
+      done
     done
   done
   for steps in 4 6 8 12 25 50 100; do

@@ -24,11 +24,9 @@ LINES = {  # of the figure: runs, and what a step costs in plain ones (bench.py)
     "MG, online teacher": ("curve-online", 1.29),
     "MG, online, a quarter guided": ("curve-quarter", 1.11)}
 
-SAMPLERS = {  # of the other figure: their runs' names, which end in a number of steps
-    "SiT, Euler-Maruyama": ("preset", "w1.4", "cfg1.75", "euler-maruyama"),
-    "SiT, Heun": ("preset", "w1.4", "cfg1.75", "heun"),
-    "SiT, Euler": ("preset", "w1.4", "cfg1.75", "euler"),
-    "DiT, DDPM": ("dit-preset", "w1.5", "cfg2", "ddpm")}
+PANELS = {  # of the figure of passes: how the runs' names begin, and the sampler
+    "SiT, Euler-Maruyama": ("preset", "euler-maruyama"), "SiT, Heun": ("preset", "heun"),
+    "SiT, Euler": ("preset", "euler"), "DiT, DDPM": ("dit-preset", "ddpm")}
 
 
 def read():
@@ -123,27 +121,30 @@ def plot(axis, curve, label):
 
 
 def passes(path):
-    """FD against network passes per image: a figure, and a table for each sampler."""
+    """FD against network passes per image: a figure, and a table for each sampler.
+
+    Of the scales that were tried at a number of passes, the best one's.
+    """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 6.4), layout="tight")
-    found = scores()
-    for i, (title, (preset, w, cfg, sampler)) in enumerate(SAMPLERS.items(), 1):
+    for i, (title, (preset, sampler)) in enumerate(PANELS.items(), 1):
         axis = figure.add_subplot(2, 2, i)
-        print(f"\n{title}: FD at passes per image")
-        for label, name, calls in (("plain", f"{preset}-plain", 1),
-                                   (f"plain + CFG {cfg[3:]}", f"{preset}-plain-{cfg}", 2),
-                                   (f"MG, w {w[1:]}", f"{preset}-{w}", 1)):
-            curve = {}
-            for run, seeds in found.items():
+        print(f"\n{title}: FD at passes per image, and the scale")
+        for label, name, calls in (("plain", f"{preset}-plain()", 1),
+                                   ("plain + CFG", rf"{preset}-plain-cfg([\d.]+)", 2),
+                                   ("MG", rf"{preset}-w([\d.]+)", 1)):
+            tried = {}
+            for run, seeds in scores().items():
                 match = re.fullmatch(rf"{name}-{sampler}(\d+)", run)
                 if match:
-                    steps = int(match[1])
+                    steps = int(match[2])
                     steps = 2 * steps - 1 if sampler == "heun" else steps
-                    curve[calls * steps] = by_seed(seeds)
-            if curve:
-                plot(axis, curve, label)
-            figures = ", ".join(f"{x}: {mean(y):.1f}" for x, y in sorted(curve.items()))
-            print(f"| {label} | {figures} |")
+                    tried.setdefault(calls * steps, []).append((by_seed(seeds), match[1]))
+            best = {x: min(scales) for x, scales in sorted(tried.items())}
+            if best:
+                plot(axis, {x: values for x, (values, _) in best.items()}, label)
+            figures = [f"{x}: {mean(y):.1f} ({scale})" for x, (y, scale) in best.items()]
+            print(f"| {label} | {', '.join(figures)} |")
         axis.set(title=title, xlabel="network passes per image", ylabel="FD", xscale="log",
                  yscale="log")
         axis.legend(fontsize=8)
