@@ -3016,6 +3016,15 @@ def test_the_readmes_target_is_mg_losss():
                                rtol=1e-4, atol=1e-5)
 
 
+def test_the_readmes_three_lines_draw(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out/SiT-T-2-digits-w1.5").mkdir(parents=True)
+    model = random_model()
+    save_random("out/SiT-T-2-digits-w1.5/ckpt.pt", model, "SiT-T/2")
+    images = readme_code(3)["images"]
+    assert torch.equal(images, sample.generate(model, [3, 7], [0, 1], steps=50))
+
+
 def test_the_readmes_loop_trains():
     """The loop of one's own: steps of mg_loss, and an average that follows with a warm-up."""
     model = random_model()

@@ -1,8 +1,8 @@
 """Tables of what experiments/run.sh has run: `python experiments/tables.py [PREFIX ...]`.
 
-A row for each name: means over its seeds, and the Fréchet distances one by one. `quality`, `passes`
-and `price` in place of a PREFIX draw assets/quality.png and so on, and print their tables. run.sh
-calls `tables.py keep NAME-sSEED`: the scores of that run go to experiments/results.csv.
+A row for each name: means over its seeds, and the Fréchet distances one by one. In place of a
+PREFIX `worth` and `price` draw assets/worth.png and price.png, and print their tables. run.sh calls
+`tables.py keep NAME-sSEED`: the scores of that run go to experiments/results.csv.
 """
 import csv
 import re
@@ -23,10 +23,6 @@ LINES = {  # of the figure: runs, and what a step costs in plain ones (bench.py)
     "plain": ("curve-plain", 1), "MG, EMA teacher": ("curve-ema", 1.61),
     "MG, online teacher": ("curve-online", 1.29),
     "MG, online, a quarter guided": ("curve-quarter", 1.11)}
-
-PANELS = {  # of the figure of passes: how the runs' names begin, and the sampler
-    "SiT, Euler-Maruyama": ("preset", "euler-maruyama"), "SiT, Heun": ("preset", "heun"),
-    "SiT, Euler": ("preset", "euler"), "DiT, DDPM": ("dit-preset", "ddpm")}
 
 
 def read():
@@ -81,28 +77,67 @@ def main(prefixes):
                   f"{mean(accuracies):.3f} | {mean(recalls):.2f} |")
 
 
-def quality(path):
-    """FD against the scale of guidance: CFG's, and 1/(2-w) of MG: a figure, and a table."""
+def worth():
+    """Two figures: what MG is worth beside CFG, by scale and by passes; and their tables."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.4), layout="tight")
+    quality(figure.add_subplot(1, 2, 1), "SiT", "preset")
+    passes(figure.add_subplot(1, 2, 2), "SiT, Euler-Maruyama", "preset", "euler-maruyama")
+    figure.savefig(ROOT / "assets" / "worth.png", dpi=110)
+    figure = Figure(figsize=(9, 6.4), layout="tight")
+    quality(figure.add_subplot(2, 2, 1), "DiT", "dit-preset")
+    passes(figure.add_subplot(2, 2, 2), "DiT, DDPM", "dit-preset", "ddpm")
+    passes(figure.add_subplot(2, 2, 3), "SiT, Euler", "preset", "euler")
+    passes(figure.add_subplot(2, 2, 4), "SiT, Heun", "preset", "heun")
+    figure.savefig(ROOT / "assets" / "worth-more.png", dpi=110)
+
+
+def quality(axis, title, preset):
+    """FD against the scale of guidance: CFG's, and 1/(2-w) of MG."""
+    print(f"\n{title}: FD by scale of guidance")
     found = scores()
-    for i, (kind, preset) in enumerate((("SiT", "preset"), ("DiT", "dit-preset")), 1):
-        axis = figure.add_subplot(1, 2, i)
-        for label, pattern in (("plain + CFG, two passes", rf"{preset}-plain-cfg([\d.]+)"),
-                               ("MG at 1/(2-w), one pass", rf"{preset}-w([\d.]+)")):
-            curve = {1: by_seed(found[f"{preset}-plain"])}
-            for run, seeds in found.items():
-                match = re.fullmatch(pattern, run)
-                if match:
-                    scale = float(match[1])
-                    curve[1 / (2 - scale) if "MG" in label else scale] = by_seed(seeds)
-            plot(axis, curve, label)
-            for scale, distances in sorted(curve.items()):
-                print(f"| {kind} | {label} | {scale:.2f} | {mean(distances):.1f} | "
-                      f"{' '.join(f'{x:.1f}' for x in distances)} |")
-        axis.set(title=kind, xlabel="scale of guidance", ylabel="FD", xlim=(0.9, 3.1))
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    for label, pattern in (("plain + CFG, two passes a step", rf"{preset}-plain-cfg([\d.]+)"),
+                           ("MG, one pass a step, at 1/(2-w)", rf"{preset}-w([\d.]+)")):
+        curve = {1: by_seed(found[f"{preset}-plain"])}
+        for run, seeds in found.items():
+            match = re.fullmatch(pattern, run)
+            if match:
+                scale = float(match[1])
+                curve[1 / (2 - scale) if "MG" in label else scale] = by_seed(seeds)
+        plot(axis, curve, label)
+        for scale, distances in sorted(curve.items()):
+            values = " ".join(f"{x:.1f}" for x in distances)
+            print(f"| {label} | {scale:.2f} | {mean(distances):.1f} | {values} |")
+    axis.set(title=title, xlabel="scale of guidance", ylabel="FD", xlim=(0.9, 3.1))
+    axis.legend(fontsize=8)
+
+
+def passes(axis, title, preset, sampler):
+    """FD against network passes per image: of the scales tried at a number of them, the best."""
+    print(f"\n{title}: FD at passes per image, and the scale")
+    for label, name, calls in (("plain", f"{preset}-plain()", 1),
+                               ("plain + CFG", rf"{preset}-plain-cfg([\d.]+)", 2),
+                               ("MG", rf"{preset}-w([\d.]+)", 1)):
+        tried = {}
+        for run, seeds in scores().items():
+            match = re.fullmatch(rf"{name}-{sampler}(\d+)", run)
+            if match:
+                steps = int(match[2])
+                steps = 2 * steps - 1 if sampler == "heun" else steps
+                tried.setdefault(calls * steps, []).append((by_seed(seeds), match[1]))
+        best = {x: min(scales) for x, scales in sorted(tried.items())}
+        if best:
+            plot(axis, {x: values for x, (values, _) in best.items()}, label)
+        figures = [f"{x}: {mean(y):.1f} ({scale})" for x, (y, scale) in best.items()]
+        print(f"| {label} | {', '.join(figures)} |")
+    axis.set(title=title, xlabel="network passes per image", ylabel="FD", xscale="log",
+             yscale="log")
+    ticks = [10, 15, 20, 30, 50, 100]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    ticks = [8, 16, 24, 50, 100, 200]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
 
 
 def by_seed(seeds):
@@ -114,41 +149,11 @@ def plot(axis, curve, label):
     """Means of {x: values of each seed}, as a line in a band from the least to the largest."""
     points = sorted(curve.items())
     x = [x for x, _ in points]
-    axis.plot(x, [mean(values) for _, values in points], ".-", label=label)
+    colour = {"plain": "gray", "plain + CFG": "tab:blue", "MG": "tab:orange"}[label.split(",")[0]]
+    axis.plot(x, [mean(values) for _, values in points], ".-", color=colour, label=label)
     axis.fill_between(x, [min(values) for _, values in points],
-                      [max(values) for _, values in points], alpha=0.2)
+                      [max(values) for _, values in points], color=colour, alpha=0.2)
     axis.grid(alpha=0.3, which="both")
-
-
-def passes(path):
-    """FD against network passes per image: a figure, and a table for each sampler.
-
-    Of the scales that were tried at a number of passes, the best one's.
-    """
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 6.4), layout="tight")
-    for i, (title, (preset, sampler)) in enumerate(PANELS.items(), 1):
-        axis = figure.add_subplot(2, 2, i)
-        print(f"\n{title}: FD at passes per image, and the scale")
-        for label, name, calls in (("plain", f"{preset}-plain()", 1),
-                                   ("plain + CFG", rf"{preset}-plain-cfg([\d.]+)", 2),
-                                   ("MG", rf"{preset}-w([\d.]+)", 1)):
-            tried = {}
-            for run, seeds in scores().items():
-                match = re.fullmatch(rf"{name}-{sampler}(\d+)", run)
-                if match:
-                    steps = int(match[2])
-                    steps = 2 * steps - 1 if sampler == "heun" else steps
-                    tried.setdefault(calls * steps, []).append((by_seed(seeds), match[1]))
-            best = {x: min(scales) for x, scales in sorted(tried.items())}
-            if best:
-                plot(axis, {x: values for x, (values, _) in best.items()}, label)
-            figures = [f"{x}: {mean(y):.1f} ({scale})" for x, (y, scale) in best.items()]
-            print(f"| {label} | {', '.join(figures)} |")
-        axis.set(title=title, xlabel="network passes per image", ylabel="FD", xscale="log",
-                 yscale="log")
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 def price(path):
@@ -187,8 +192,9 @@ def price(path):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
         keep(sys.argv[2])
-    elif sys.argv[1:] in (["quality"], ["passes"], ["price"]):
-        draw = {"quality": quality, "passes": passes, "price": price}[sys.argv[1]]
-        draw(ROOT / "assets" / f"{sys.argv[1]}.png")
+    elif sys.argv[1:] == ["worth"]:
+        worth()
+    elif sys.argv[1:] == ["price"]:
+        price(ROOT / "assets" / "price.png")
     else:
         main(tuple(sys.argv[1:]))
