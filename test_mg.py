@@ -47,7 +47,7 @@ import sample
 import toy_mg
 import train_dit_mg
 import train_sit_mg
-from checkpoints import load_checkpoint
+from checkpoints import load_checkpoint, save_curves
 from models import ALPHA_BARS, BETAS, create_model
 from runtime import UserError
 from sample import SAMPLERS, generate
@@ -58,6 +58,8 @@ def surroundings(tmp_path_factory):
     """A cache of our own for the digits' CNN; no network; one thread, as the tensors are small."""
     os.environ |= {"TORCH_HOME": str(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
+    # matplotlib takes a third of a second for each; test_curves_are_drawn has the real one.
+    checkpoints.save_curves = lambda rows, path: Path(path).touch()
 
 
 def error(main, *argv):
@@ -1953,6 +1955,17 @@ def test_flags_that_are_refused(line, says, checkpoint, tmp_path, monkeypatch):
     else:
         assert says in error(train_sit_mg.main, *flags)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name[0] != "."]
+
+
+def test_curves_are_drawn(tmp_path):
+    """Of what was logged and moved: the loss, FD where it was scored, w where it changed."""
+    from PIL import Image
+    rows = [{"step": i, "loss": 1 / i, "w": 1.5, "fd": 9 - i if i % 2 else ""} for i in (1, 2, 3)]
+    save_curves(rows, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width == 2 * 540
+    rows[2]["w"] = 1.6
+    save_curves(rows, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width == 3 * 540
 
 
 def test_one_run_per_folder(tmp_path):

@@ -115,6 +115,14 @@ finetune() {  # w = 2 - 1 / the best scale of CFG, here 1.75
   done
 }
 
+finetune_late() {  # the best scale of networks of 2,400 steps is LATE_SCALE
+  for steps in 25 50 100 200 400; do
+    from=plain2400 run fine2400-ema$steps train_sit_mg.py --w LATE_W --steps $steps
+    from=plain2400 run fine2400-quarter$steps train_sit_mg.py --w LATE_W --teacher online \
+      --guide-share 0.25 --steps $steps
+  done
+}
+
 # ---------------------------------------------------------------- the average's warm-up, presets
 warmup() {
   for w in 1 1.25 1.5; do
@@ -177,6 +185,8 @@ curves() {
   run curve-online train_sit_mg.py --teacher online --steps 1240 --eval-every 310
   run curve-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 1440 \
     --eval-every 360
+}
+curves_plain() {
   for seed in 0 1 2; do  # one run, and its checkpoints on the way, plain400-s0, ...
     local plain=$out/curve-plain-s$seed command=true
     for steps in 400 800 1600 2400; do
@@ -191,7 +201,9 @@ curves() {
   done
 }
 curves_cfg() {
-  for steps in 400 800 1600; do draw plain$steps cfg2 --cfg 2; done
+  for steps in 2400 1600 800; do
+    for cfg in 1.1 1.25 1.5 1.75; do draw plain$steps cfg$cfg --cfg $cfg; done
+  done
 }
 
 # ---------------------------------------------------------------- the paper's tables and figures
@@ -262,9 +274,10 @@ mnist_finetune() {
   done
 }
 
-parts="quality quality_cfg passes finetune quality_dit quality_dit_cfg passes_dit warmup warmup_dit
-  sparse sparse_dit sparse_t gft board curves curves_cfg table3 table3_draw table3_dit table4 table5
-  table5_draw table6 fig4 late late_auto late_auto_draw mnist_images mnist mnist_cfg mnist_finetune"
+parts="quality quality_cfg passes finetune quality_dit quality_dit_cfg passes_dit curves_plain
+  curves_cfg finetune_late warmup warmup_dit sparse sparse_dit sparse_t gft board curves table3
+  table3_draw table3_dit table4 table5 table5_draw table6 fig4 late late_auto late_auto_draw
+  mnist_images mnist mnist_cfg mnist_finetune"
 for part in $parts; do $part > /dev/null; done  # each run's command is known
 for part in ${*:-$parts}; do
   declare -F "$part" > /dev/null || { echo "$part: no such part; there are $parts"; exit 2; }
