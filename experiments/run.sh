@@ -59,7 +59,7 @@ quality_cfg() {  # at its best scale, which has to be looked for; and in an inte
 }
 quality_dit() {
   run dit-preset-plain train_dit_mg.py --w 1
-  for w in 1.25 1.5 1.75; do run dit-preset-w$w train_dit_mg.py --w $w; done
+  for w in 1.25 1.4 1.5 1.6 1.75; do run dit-preset-w$w train_dit_mg.py --w $w; done
   run dit-preset-quarter train_dit_mg.py --teacher online --guide-share 0.25
 }
 quality_dit_cfg() {
@@ -123,14 +123,8 @@ finetune_late() {  # the best scale of networks of 2,400 steps is LATE_SCALE
   done
 }
 
-# ---------------------------------------------------------------- the average's warm-up, presets
-warmup() {
-  for w in 1 1.25 1.5; do
-    run steps-w$w train_sit_mg.py --w $w --steps 800 --eval-every 100
-  done
-  run steps-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 800 --eval-every 100
-}
-warmup_dit() {
+# ---------------------------------------------------------------- FD by steps, of DiT
+steps_dit() {
   for w in 1 1.25 1.5; do
     run dit-steps-w$w train_dit_mg.py --w $w --steps 1600 --eval-every 100
   done
@@ -177,14 +171,13 @@ board() {
   for seed in 0 1 2; do echo "python experiments/board.py $seed > /dev/null"; done
 }
 
-# ---------------------------------------------------------------- quality against price
-# Evaluations at what 400, 800, ... plain steps cost: bench.py's price of a step is 1.61 (EMA), 1.29
-# (online), 1.11 (online, a quarter).
+# ---------------------------------------------------------------- FD by the price of training
 curves() {
-  run curve-ema train_sit_mg.py --steps 2400 --eval-every 248  # goes on: the figure over steps
-  run curve-online train_sit_mg.py --teacher online --steps 1240 --eval-every 310
-  run curve-quarter train_sit_mg.py --teacher online --guide-share 0.25 --steps 1440 \
-    --eval-every 360
+  for w in 1.25 1.5; do
+    run steps-w$w train_sit_mg.py --w $w --steps 800 --eval-every 200
+    run steps-quarter$w train_sit_mg.py --w $w --teacher online --guide-share 0.25 --steps 800 \
+      --eval-every 200
+  done
 }
 curves_plain() {
   for seed in 0 1 2; do  # one run, and its checkpoints on the way, plain400-s0, ...
@@ -201,9 +194,9 @@ curves_plain() {
   done
 }
 curves_cfg() {
-  for steps in 2400 1600 800; do
-    for cfg in 1.1 1.25 1.5 1.75; do draw plain$steps cfg$cfg --cfg $cfg; done
-  done
+  for cfg in 1.1 1.25 1.5; do draw plain2400 cfg$cfg --cfg $cfg; done
+  for cfg in 1.25 1.5 1.75; do draw plain1600 cfg$cfg --cfg $cfg; done
+  for cfg in 1.5 1.75 2; do draw plain800 cfg$cfg --cfg $cfg; done
 }
 
 # ---------------------------------------------------------------- the paper's tables and figures
@@ -275,7 +268,7 @@ mnist_finetune() {
 }
 
 parts="quality quality_cfg passes finetune quality_dit quality_dit_cfg passes_dit curves_plain
-  curves_cfg finetune_late warmup warmup_dit sparse sparse_dit sparse_t gft board curves table3
+  curves_cfg curves finetune_late steps_dit sparse sparse_dit sparse_t gft board table3
   table3_draw table3_dit table4 table5 table5_draw table6 fig4 late late_auto late_auto_draw
   mnist_images mnist mnist_cfg mnist_finetune"
 for part in $parts; do $part > /dev/null; done  # each run's command is known
