@@ -115,10 +115,10 @@ finetune() {  # w = 2 - 1 / the best scale of CFG, here 1.75
   done
 }
 
-finetune_late() {  # the best scale of networks of 2,400 steps is LATE_SCALE
+finetune_late() {  # the best scale of CFG is 1.1 after 2,400 steps
   for steps in 25 50 100 200 400; do
-    from=plain2400 run fine2400-ema$steps train_sit_mg.py --w LATE_W --steps $steps
-    from=plain2400 run fine2400-quarter$steps train_sit_mg.py --w LATE_W --teacher online \
+    from=plain2400 run fine2400-ema$steps train_sit_mg.py --w 1.09 --steps $steps
+    from=plain2400 run fine2400-quarter$steps train_sit_mg.py --w 1.09 --teacher online \
       --guide-share 0.25 --steps $steps
   done
 }

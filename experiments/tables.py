@@ -19,10 +19,11 @@ import runtime
 FOLDER = ROOT / "out" / "experiments"
 RESULTS = ROOT / "experiments" / "results.csv"
 COLUMNS = ["run", "seed", "step", "w", "fd", "accuracy", "precision", "recall"]
-LINES = {  # of the figure: runs, and what a step costs in plain ones (bench.py)
-    "plain": ("curve-plain", 1), "MG, EMA teacher": ("curve-ema", 1.61),
-    "MG, online teacher": ("curve-online", 1.29),
-    "MG, online, a quarter guided": ("curve-quarter", 1.11)}
+LINES = {  # of the figure of prices: runs, and what a step costs in plain ones (bench.py)
+    "plain": ("curve-plain", 1), "MG 1.25": ("steps-w1.25", 1.59), "MG 1.5": ("steps-w1.5", 1.59),
+    "MG 1.25, online, a quarter": ("steps-quarter1.25", 1.13),
+    "MG 1.5, online, a quarter": ("steps-quarter1.5", 1.13)}
+COLOURS = {"plain": "gray", "plain + CFG": "tab:blue", "MG": "tab:orange"}
 
 
 def read():
@@ -149,44 +150,43 @@ def plot(axis, curve, label):
     """Means of {x: values of each seed}, as a line in a band from the least to the largest."""
     points = sorted(curve.items())
     x = [x for x, _ in points]
-    colour = {"plain": "gray", "plain + CFG": "tab:blue", "MG": "tab:orange"}[label.split(",")[0]]
-    axis.plot(x, [mean(values) for _, values in points], ".-", color=colour, label=label)
+    line, = axis.plot(x, [mean(values) for _, values in points], ".-", label=label,
+                      color=COLOURS.get(label.split(",")[0]))
     axis.fill_between(x, [min(values) for _, values in points],
-                      [max(values) for _, values in points], color=colour, alpha=0.2)
+                      [max(values) for _, values in points], color=line.get_color(), alpha=0.2)
     axis.grid(alpha=0.3, which="both")
 
 
-def price(path):
-    """FD against what training has cost: a figure, and a table at 400, 800, 1600 plain steps."""
+def price():
+    """FD against what training has cost, in plain steps: a figure, and a table."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3.6), layout="tight")
     axis = figure.add_subplot()
     found = scores()
-    table = {}
+    curves = {}
     for label, (name, cost) in LINES.items():
-        steps = sorted(set.intersection(*(set(rows) for rows in found[name].values())))
-        steps = [step for step in steps if step * cost < 2500]
-        distances = [[float(rows[step]["fd"]) for rows in found[name].values()] for step in steps]
-        axis.plot([step * cost for step in steps], [mean(f) for f in distances], ".-", label=label)
-        axis.fill_between([step * cost for step in steps], [min(f) for f in distances],
-                          [max(f) for f in distances], alpha=0.2)
-        table[label] = {round(step * cost, -2): (step, f) for step, f in zip(steps, distances)}
-    cfg = {steps: (steps, [float(rows[0]["fd"]) for rows in found[f"plain{steps}-cfg2"].values()])
-           for steps in (400, 800, 1600)}
-    axis.plot(cfg.keys(), [mean(f) for _, f in cfg.values()], "x--", color="gray",
-              label="plain + CFG 2 (two passes)")
+        seeds = found[name]
+        steps = sorted(set.intersection(*(set(rows) for rows in seeds.values())))
+        curves[label] = {step * cost: [float(seeds[seed][step]["fd"]) for seed in sorted(seeds)]
+                         for step in steps}
+    curves["plain + CFG"] = {}
+    for steps in 400, 800, 1600, 2400:
+        name = "preset-plain" if steps == 400 else f"plain{steps}"
+        tried = [by_seed(seeds) for run, seeds in found.items()
+                 if re.fullmatch(rf"{name}-cfg[\d.]+", run)]
+        curves["plain + CFG"][steps] = min(tried, key=mean)
+    print("| | cost in plain steps | FD | by seed | plain training has it after |\n"
+          "|---|---|---|---|---|")
+    plain = [(mean(values), cost) for cost, values in curves["plain"].items()]
+    for label, curve in curves.items():
+        plot(axis, curve, label)
+        for cost, values in curve.items():
+            later = next((steps for distance, steps in plain if distance <= mean(values)), "-")
+            each = " ".join(f"{x:.1f}" for x in values)
+            print(f"| {label} | {cost:.0f} | {mean(values):.1f} | {each} | {later} |")
     axis.set(xlabel="cost of training, in plain steps", ylabel="FD", yscale="log")
-    axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    print("| | 400 | 800 | 1600 |\n|---|---|---|---|")
-    for label, points in {**table, "plain + CFG 2": cfg}.items():
-        cells = []
-        for cost in 400, 800, 1600:
-            step, distances = points[cost]
-            by_seed = ", ".join(f"{x:.1f}" for x in distances)
-            cells.append(f"{mean(distances):.1f} ({by_seed}), {step} steps")
-        print(f"| {label} | {' | '.join(cells)} |")
+    figure.savefig(ROOT / "assets" / "price.png", dpi=120)
 
 
 if __name__ == "__main__":
@@ -195,6 +195,6 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["worth"]:
         worth()
     elif sys.argv[1:] == ["price"]:
-        price(ROOT / "assets" / "price.png")
+        price()
     else:
         main(tuple(sys.argv[1:]))
