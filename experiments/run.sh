@@ -121,6 +121,10 @@ finetune_late() {  # the best scale of CFG is 1.1 after 2,400 steps
     from=plain2400 run fine2400-quarter$steps train_sit_mg.py --w 1.09 --teacher online \
       --guide-share 0.25 --steps $steps
   done
+  for steps in 50 100; do  # at a quarter of the learning rate
+    from=plain2400 run fine2400-slow$steps train_sit_mg.py --w 1.09 --lr 1e-3 --steps $steps
+    from=plain2400 run fine2400-slowplain$steps train_sit_mg.py --w 1 --lr 1e-3 --steps $steps
+  done
 }
 
 # ---------------------------------------------------------------- FD by steps, of DiT
