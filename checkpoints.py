@@ -118,7 +118,7 @@ def initialize_from(path, name, shape, classes):
     source, config = load_checkpoint(path)
     model = models.create_model(name, **shape)
     old = config["classes"]
-    by_name = has_names(classes) and has_names(old)
+    by_name = has_names(classes) and (has_names(old) or {*classes} <= {*old})  # or some numbers
     rows = dict(zip(old if by_name else classes, range(len(old)), strict=False))
     new = [label for label in classes if label not in rows]
     found = f"{len(classes) - len(new)} of {len(classes)}"
@@ -248,7 +248,7 @@ def from_public(checkpoint, weights, path):
     """
     flags = checkpoint.get("args")
     if isinstance(flags, dict):
-        flags = argparse.Namespace(**flags)
+        flags = argparse.Namespace(**{str(key): value for key, value in flags.items()})
     unlike = f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG"
     state = checkpoint
     if {"ema", "model", "state_dict"} & checkpoint.keys():
@@ -269,7 +269,7 @@ def from_public(checkpoint, weights, path):
         outputs = len(state["final_layer.linear.weight"]) // patch ** 2
     except KeyError as e:
         raise UserError(f"{unlike}: lacks {e}, has {', '.join([*state][:3])}, ...") from None
-    except (ValueError, IndexError, ZeroDivisionError) as e:
+    except (ValueError, IndexError, ZeroDivisionError, TypeError) as e:
         raise UserError(f"{unlike}: a tensor has another shape ({e})") from None
     path_type = str(getattr(flags, "path_type", "linear"))
     prediction = getattr(flags, "prediction", "v")

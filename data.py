@@ -8,6 +8,7 @@ FOLDER holds one folder of images a class. Interrupted, the same command goes on
 Images that can't be read are left out, and listed at the end.
 """
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -30,6 +31,8 @@ from runtime import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
             ".tiff", ".ppm", ".pgm")
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EMFILE,
+           errno.ENFILE, errno.ENOMEM, errno.EHOSTDOWN, errno.EACCES}  # errors, not an image's
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF's orientations, but for upright
 DONE = b"\1"  # marks of a row in FOLDER/progress: written,
@@ -179,6 +182,7 @@ def read_image(path, size=None):
     try:
         with Image.open(path) as image:
             deep = any(";16" in str(tile) for tile in image.tile)
+            image.load()  # a TIFF is turned by this, and then has no tag
             turn = None
             with contextlib.suppress(Exception):  # whatever else is wrong with the EXIF
                 turn = TURNS.get(image.getexif().get(0x112))
@@ -187,7 +191,7 @@ def read_image(path, size=None):
             if image.mode[0] in "IF":  # convert() would clip at 255
                 image = Image.fromarray(to_8_bits(np.asarray(image)))
             # Of other modes with 16 bits PIL takes the upper 8, which are dark where 12 are used.
-            elif deep and np.asarray(image.convert("RGB")).max() < 16:
+            elif deep and 0 < np.asarray(image.convert("RGB")).max() < 16:
                 raise ValueError("12 bits stored as 16; scale it to 16 or 8")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -241,10 +245,12 @@ def list_images(folder):
     No folder is entered twice, as links may lead back up, nor one that data.py has written.
     """
     folder = Path(os.path.abspath(folder))
+    def fail(e):  # or os.walk would leave out what it can't list
+        raise e
     images = []
     others = []
     seen = {parent.resolve() for parent in folder.parents} | {*folder.resolve().parents}
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(root).resolve()
         if real in seen or {"data.json", "x.npy"} <= {*files}:
             folders.clear()
@@ -511,7 +517,7 @@ def main(argv=None):
             return read_image(path, args.size)
         except UserError as e:
             cause = e.__cause__
-            passing = isinstance(cause, MemoryError) or getattr(cause, "errno", None)
+            passing = isinstance(cause, MemoryError) or getattr(cause, "errno", None) in PASSING
             if isinstance(cause, FileNotFoundError):  # this one file, or all of its folder?
                 passing = not os.path.isdir(os.path.dirname(path))
             if passing:

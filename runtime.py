@@ -116,7 +116,7 @@ def run(main):
     Under torchrun rank 0 speaks first, and torchrun then ends the others. When one rank exits, the
     collectives of its peers fail too, so messages about lost peers wait longest.
     """
-    for stream in sys.stdout, sys.stderr:
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a daemon may have none
         stream.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     launched = "RANK" in os.environ
     rank = int(os.environ.get("RANK", "0"))

@@ -1186,11 +1186,11 @@ def test_read_image_is_adms_crop_of_any_mode(tmp_path):
 
 
 def png_of_16_bits(x):
-    """The bytes of a PNG with three channels of 16 bits, which PIL can't write: x (H, W, 3)."""
+    """The bytes of a PNG of 16 bits, which PIL can't write: x (H, W, 3), or 4 with alpha."""
     def chunk(kind, content):
         return (struct.pack(">I", len(content)) + kind + content
                 + struct.pack(">I", zlib.crc32(kind + content)))
-    header = struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, {3: 2, 4: 6}[x.shape[2]], 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in x)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
             + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
@@ -1213,6 +1213,8 @@ def test_images_that_other_programs_write(tmp_path, monkeypatch):
     for number, want in enumerate(ways, 1):
         exif[0x0112] = number
         np.testing.assert_array_equal(read(Image.fromarray(x), exif=exif), want)
+        Image.fromarray(x).save(tmp_path / "turned.tiff", exif=exif)
+        np.testing.assert_array_equal(data.read_image(tmp_path / "turned.tiff"), want)
     # A width beside it that is a text, as some cameras write it.
     tags = struct.pack(">2sHIHHHI4sHHI4sI", b"MM", 42, 8, 2, 0x0100, 2, 4, b"wide",
                        0x0112, 3, 1, b"\0\6\0\0", 0)
@@ -1234,6 +1236,10 @@ def test_images_that_other_programs_write(tmp_path, monkeypatch):
     np.testing.assert_array_equal(data.read_image(path), want)
     path.write_bytes(png_of_16_bits(want * 16))
     assert "12 bits stored as 16" in error(lambda: data.read_image(path))
+    black = np.zeros((1, 2, 4), int)
+    black[0, 0, 3] = 65535
+    path.write_bytes(png_of_16_bits(black))
+    assert data.read_image(path)[0, :, 0].tolist() == [0, 255]
     # Half transparent black is grey; what is hidden under alpha 0 is white.
     layers = np.zeros((1, 3, 4), np.uint8)
     layers[0, :, 3] = 255, 102, 0
@@ -1904,6 +1910,18 @@ def test_init_takes_rows_by_name(tmp_path, capsys):
     old, new = (run["ema"]["y_embedder.embedding_table.weight"] for run in (first, second))
     torch.testing.assert_close(new[[1, 3]], old[[1, 2]])  # dog, and the empty class
     assert (new[0] - old[0]).abs().min() > 0 and second["config"]["model"] == "SiT-T/2"
+
+
+def test_init_by_some_numbers(tmp_path):
+    """Folders called 2 and 5, and a network of the classes 0 to 9: its rows 2, 5 and the empty."""
+    old = random_model()
+    path = save_random(tmp_path / "c.pt", old, "SiT-T/2")
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"classes": [*"0123456789"]}, path)
+    shape = {"input_size": 8, "in_channels": 1, "num_classes": 2, "scale_aware": False}
+    new, _ = checkpoints.initialize_from(path, "SiT-T/2", shape, ["2", "5"])
+    want = old.y_embedder.embedding_table.weight[[2, 5, 10]]
+    assert torch.equal(new.y_embedder.embedding_table.weight, want)
 
 
 def test_training_on_images_of_ones_own(tmp_path, inception_file):
