@@ -208,7 +208,7 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         if "config" not in state:
             state, config = from_public(state, weights, path)
     whole = f"{path}: not a whole checkpoint of ours"
-    if weights == "model" and "config" in state and {"model", "ema"} & state.keys() == {"ema"}:
+    if {"config", "ema"} <= state.keys() and weights not in state:
         raise UserError(f"{path}: holds the average alone; leave out --raw")
     try:
         if "config" in state:

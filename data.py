@@ -32,7 +32,7 @@ from runtime import UserError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
             ".tiff", ".ppm", ".pgm")
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EMFILE,
-           errno.ENFILE, errno.ENOMEM, errno.EHOSTDOWN, errno.EACCES}  # errors, not an image's
+           errno.ENFILE, errno.ENOMEM, errno.EHOSTDOWN, errno.EACCES}  # not of one image's content
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF's orientations, but for upright
 DONE = b"\1"  # marks of a row in FOLDER/progress: written,
@@ -244,9 +244,9 @@ def list_images(folder):
 
     No folder is entered twice, as links may lead back up, nor one that data.py has written.
     """
-    folder = Path(os.path.abspath(folder))
     def fail(e):  # or os.walk would leave out what it can't list
         raise e
+    folder = Path(os.path.abspath(folder))
     images = []
     others = []
     seen = {parent.resolve() for parent in folder.parents} | {*folder.resolve().parents}
@@ -407,27 +407,27 @@ def open_array(folder, shape):
 
 # ---------------------------------------------------------------- python data.py
 
-def list_rows(args):
+def list_rows(args, saved):
     """-> (paths in FOLDER, a row each; names of the classes; notes on what was left out).
 
-    A DIR that was begun has kept its list, which holds also where a file is gone by now.
+    saved: DIR/data.json, or {}. A DIR that was begun has kept its list, which holds also where a
+    file is gone by now.
     UserError: FOLDER has images that are not in this list.
     """
     paths, _, classes, notes = class_folders(args.folder)
     above = os.path.join(os.path.abspath(args.folder), "")
     files = [path.removeprefix(above) for path in paths]
-    info = read_info(args.out) if is_prepared(args.out) else {}
-    if "files" not in info:
+    if "files" not in saved:
         return files, classes, notes
-    kept = set(info["files"])
+    kept = set(saved["files"])
     new = [file for file in files if file not in kept]
     if new:
         raise UserError(f"{args.folder}: {len(new)} of its images are not those that {args.out} "
                         f"was made from, such as {new[0]}; give another --out")
-    return info["files"], info["classes"], notes
+    return saved["files"], saved["classes"], notes
 
 
-def describe(args, files, classes, vae):
+def describe(args, files, classes, vae, saved):
     """What DIR/data.json says. UserError: a --size that doesn't fit the VAE."""
     digest = hashlib.sha256()
     for file in files:
@@ -448,8 +448,7 @@ def describe(args, files, classes, vae):
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
                  "shape": [len(files), views, 2, vae.config.latent_channels, latent, latent],
                  "vae": os.path.abspath(args.vae) if local else args.vae}
-    saved = read_info(args.out) if is_prepared(args.out) else info
-    if "files" not in saved:  # of an earlier edition: nothing is left to do, or to compare
+    if saved and "files" not in saved:  # of an earlier edition: no list to compare
         if Path(args.out, "progress").exists():
             raise UserError(f"{args.out}: was begun by an earlier edition; delete it, or give "
                             "another --out")
@@ -502,9 +501,10 @@ def main(argv=None):
     if args.out == "digits":
         raise UserError("--out digits: is the name of the built-in data; give another")
     rank, _, device = runtime.setup()
-    files, classes, notes = list_rows(args)
+    saved = read_info(args.out) if is_prepared(args.out) else {}
+    files, classes, notes = list_rows(args, saved)
     vae = None if args.vae == "none" else models.load_vae(args.vae, device)
-    info = describe(args, files, classes, vae)
+    info = describe(args, files, classes, vae, saved)
     if rank == 0:
         size = math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize
         each = [f"{name} ({count})" for name, count in zip(classes, info["counts"], strict=True)]

@@ -35,6 +35,7 @@ MANIFOLD = 10_000  # real images that precision and recall look at (ADM)
 SPLIT = 5_000      # images in a split of the Inception Score (ADM)
 WIDTH = 64         # features of the classifier
 TRAINING = 600     # steps that it is trained for
+CLASSES = 10_000   # at most, of a classifier
 LARGEST = 64       # it scores prepared pixels of up to so many a side, without being asked
 
 
@@ -296,9 +297,9 @@ def train_classifier(images):
         raise UserError(f"{images.name}: features classifier needs images with labels: a folder "
                         "that data.py has prepared, digits, or an .npz with arr_0 and labels")
     remedy = "give --eval-samples 0, or Inception's --weights FILE"
-    if images.shape[0] != images.shape[1] or images.labels.max() >= 10_000:
+    if images.shape[0] != images.shape[1] or images.labels.max() >= CLASSES:
         raise UserError(f"{images.name}: the classifier needs square images, here {images.shape}, "
-                        f"and labels below 10,000, here up to {images.labels.max()}; {remedy}")
+                        f"and labels below {CLASSES:,}, here up to {images.labels.max()}; {remedy}")
     counts = np.bincount(images.labels)
     if np.count_nonzero(counts) == 1:
         raise UserError(f"{images.name}: has one class, so that no classifier can score; {remedy}")
@@ -679,7 +680,7 @@ def read_reference(file, headers, small):
         return stats, None
     classes, *_ = headers.get("net.fc2.weight", ((), None))[0] or (0,)
     height, width, channels = stats["shape"].astype(int).tolist()
-    if not (1 < classes <= 10_000 and height == width in range(1, 1025) and channels in (1, 3)):
+    if not (1 < classes <= CLASSES and height == width in range(1, 1025) and channels in (1, 3)):
         raise UserError(f"{file}: has statistics of a classifier, but no classifier")
     net = Classifier((height, width, channels), classes).requires_grad_(False)
     shapes = {f"net.{key}": tuple(x.shape) for key, x in net.state_dict().items()}

@@ -39,7 +39,8 @@ draw() {  # NAME SUFFIX FLAGS: sample sets of that run, NAME-SUFFIX-s0, ..., sco
     local file=$out/$name-$suffix-s$seed
     local command="${trained[$name-s$seed]:-true} && python sample.py $out/$name-s$seed/ckpt.pt"
     command+=" --out $file.npz --num-samples 2000 --class-labels balanced --steps 50 --batch 200"
-    command+=" --seed $seed $* && python fid.py $file.npz ${real:-digits} > $file.tmp && mv $file.tmp $file.md"
+    command+=" --seed $seed $* && python fid.py $file.npz ${real:-digits} > $file.tmp"
+    command+=" && mv $file.tmp $file.md"
     scored $name-$suffix-s$seed "$command"
   done
 }
@@ -107,23 +108,22 @@ passes_dit() {
 }
 
 # ---------------------------------------------------------------- fine-tuning plain networks
-finetune() {  # w = 2 - 1 / the best scale of CFG, here 1.75
+tune() {  # FROM NAME W: that run's networks tuned, w = 2 - 1 / the best scale of their CFG
+  local from=$1
   for steps in 25 50 100 200 400; do
-    from=preset-plain run fine400-ema$steps train_sit_mg.py --w 1.43 --steps $steps
-    from=preset-plain run fine400-quarter$steps train_sit_mg.py --w 1.43 --teacher online \
-      --guide-share 0.25 --steps $steps
+    run $2-ema$steps train_sit_mg.py --w $3 --steps $steps
+    run $2-quarter$steps train_sit_mg.py --w $3 --teacher online --guide-share 0.25 --steps $steps
   done
 }
-
-finetune_late() {  # the best scale of CFG is 1.1 after 2,400 steps
-  for steps in 25 50 100 200 400; do
-    from=plain2400 run fine2400-ema$steps train_sit_mg.py --w 1.09 --steps $steps
-    from=plain2400 run fine2400-quarter$steps train_sit_mg.py --w 1.09 --teacher online \
-      --guide-share 0.25 --steps $steps
-  done
+finetune() {  # best scale 1.75
+  tune preset-plain fine400 1.43
+}
+finetune_late() {  # best scale 1.1
+  tune plain2400 fine2400 1.09
+  local from=plain2400
   for steps in 50 100; do  # at a quarter of the learning rate
-    from=plain2400 run fine2400-slow$steps train_sit_mg.py --w 1.09 --lr 1e-3 --steps $steps
-    from=plain2400 run fine2400-slowplain$steps train_sit_mg.py --w 1 --lr 1e-3 --steps $steps
+    run fine2400-slow$steps train_sit_mg.py --w 1.09 --lr 1e-3 --steps $steps
+    run fine2400-slowplain$steps train_sit_mg.py --w 1 --lr 1e-3 --steps $steps
   done
 }
 

@@ -75,8 +75,8 @@ def main(prefixes):
                 continue
             distances, accuracies, recalls = ([float(row[key]) for row in rows]
                                          for key in ("fd", "accuracy", "recall"))
-            by_seed = " ".join(f"{value:.1f}" for value in distances)
-            print(f"| {name} | {step or ''} | {mean(distances):.1f} | {by_seed} | "
+            each = " ".join(f"{value:.1f}" for value in distances)
+            print(f"| {name} | {step or ''} | {mean(distances):.1f} | {each} | "
                   f"{mean(accuracies):.3f} | {mean(recalls):.2f} |")
 
 
@@ -118,11 +118,12 @@ def quality(axis, title, preset):
 def passes(axis, title, preset, sampler):
     """FD against network passes per image: of the scales tried at a number of them, the best."""
     print(f"\n{title}: FD at passes per image, and the scale")
+    found = scores()
     for label, name, calls in (("plain", f"{preset}-plain()", 1),
                                ("plain + CFG", rf"{preset}-plain-cfg([\d.]+)", 2),
                                ("MG", rf"{preset}-w([\d.]+)", 1)):
         tried = {}
-        for run, seeds in scores().items():
+        for run, seeds in found.items():
             match = re.fullmatch(rf"{name}-{sampler}(\d+)", run)
             if match:
                 steps = int(match[2])
