@@ -98,6 +98,10 @@ def read_last(path, config, steps):
                         f"resumed; start from its weights with --init {path} --out NEW")
     for key in sorted(config.keys() | saved.keys()):
         if saved.get(key) != config.get(key) and key != "vae":  # its path may differ
+            if key == "data":  # hashes
+                raise UserError(f"--out {path.parent} holds a run on other --data: resume it with "
+                                f"its own, give another --out, or start from its weights with "
+                                f"--init {path} --out NEW")
             raise UserError(
                 f"--out {path.parent} holds a run with {key} {saved.get(key)}, not "
                 f"{config.get(key)}: resume it with its own flags, give another --out, or start "
@@ -201,26 +205,31 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         if file.exists():  # the folder of a run
             path = file
             break
+    if path.is_dir() and not (path / "model_index.json").exists():
+        raise UserError(f"{path}: has neither the ckpt.pt of a run nor the model_index.json of "
+                        "diffusers' DiTPipeline; give a folder with one, or a file")
+    ours = False
     if path.is_dir():
         state, config = from_diffusers(path)
     else:
         state = read_checkpoint(path)
-        if "config" not in state:
+        ours = {"config", "classes"} <= state.keys()  # others, too, may have a config
+        if not ours:
             state, config = from_public(state, weights, path)
-    whole = f"{path}: not a whole checkpoint of ours"
-    if {"config", "ema"} <= state.keys() and weights not in state:
+    whole = f"{path}: not a whole checkpoint"
+    if ours and "ema" in state and weights not in state:
         raise UserError(f"{path}: holds the average alone; leave out --raw")
     try:
-        if "config" in state:
+        if ours:
             config = state["config"] | {key: state[key] for key in ("step", "w", "classes")}
             state = state[weights]
         name = config["model"]
         shape = {key: config[key] for key in SHAPE}
     except (KeyError, TypeError) as e:
         raise UserError(f"{whole} ({e})") from None
-    with torch.device("meta"):  # the initial weights would be overwritten at once
-        model = models.create_model(name, **shape)
     try:
+        with torch.device("meta"):  # the initial weights would be overwritten at once
+            model = models.create_model(name, **shape)
         model.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError) as e:  # names tensors that don't fit
         raise UserError(f"{whole} ({str(e).strip().splitlines()[-1].strip()[:200]})") from None
@@ -247,21 +256,21 @@ def from_public(checkpoint, weights, path):
     are linear in a weight, so the weights are changed, here and nowhere else.
     """
     flags = checkpoint.get("args")
-    if isinstance(flags, dict):
-        flags = argparse.Namespace(**{str(key): value for key, value in flags.items()})
+    flags = flags if isinstance(flags, dict) else getattr(flags, "__dict__", {})
     unlike = f"{path}: not a checkpoint of ours, DiT, SiT, REPA or MG"
     state = checkpoint
     if {"ema", "model", "state_dict"} & checkpoint.keys():
         state = checkpoint.get(weights, checkpoint.get("model", checkpoint.get("state_dict")))
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint with {weights} weights")
+    # The wrappers' prefixes and counters; REPA's projectors, which only its training needs.
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): x for key, x in state.items()}
+    state = {key: x for key, x in state.items()
+             if not key.startswith("projectors.") and key not in ("n_averaged", "num_updates")}
     for key, x in state.items():
         if not isinstance(x, torch.Tensor):
             raise UserError(f"{path}: not a checkpoint with {weights} weights ({key} is of type "
                             f"{type(x).__name__})")
-    # The wrappers' prefixes; REPA's projectors, which only its training needs.
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): x for key, x in state.items()}
-    state = {key: x for key, x in state.items() if not key.startswith("projectors.")}
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         tokens = state["pos_embed"].shape[1]
@@ -271,31 +280,32 @@ def from_public(checkpoint, weights, path):
         raise UserError(f"{unlike}: lacks {e}, has {', '.join([*state][:3])}, ...") from None
     except (ValueError, IndexError, ZeroDivisionError, TypeError) as e:
         raise UserError(f"{unlike}: a tensor has another shape ({e})") from None
-    path_type = str(getattr(flags, "path_type", "linear"))
-    prediction = getattr(flags, "prediction", "v")
-    if path_type.lower() != "linear" or prediction not in ("v", "velocity"):
+    path_type = flags.get("path_type")
+    prediction = flags.get("prediction")
+    if path_type not in (None, "linear", "Linear") or prediction not in (None, "v", "velocity"):
         raise UserError(f"{path}: trained with path {path_type} and prediction {prediction}; only "
                         f"linear and velocity are known here")
     depth = sum(key.endswith(".attn.qkv.weight") for key in state)
     size = size_name(depth, width, None, path)
-    hint = f"{getattr(flags, 'model', '')} {path.name}".lower()
+    hint = f"{flags.get('model', '')} {path.name}".lower()
     kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)]
-    # SiT's flags are spelt Linear and velocity, REPA's and MG's linear and v.
-    sits_own = path_type == "Linear" and prediction == "velocity"
+    sits_own = (path_type, prediction) == ("Linear", "velocity")  # as its flags are spelt,
+    repas = (path_type, prediction) == ("linear", "v")            # and REPA's and MG's
     if outputs == 2 * channels:
         if len(kinds) != 1:
             raise UserError(f"{path}: DiT's and SiT's files look alike; rename it, so that it has "
                             f"exactly one of DiT and SiT in its name")
         kind, = kinds
-        sits_own = kind == "SiT"
+        sits_own = kind == "SiT" and not repas
     elif outputs != channels:
         raise UserError(f"{path}: has {outputs} output channels for {channels} of the input; DiT "
                         f"and SiT have as many, or twice as many")
     elif kinds == ["DiT"]:
         raise UserError(f"{path}: a DiT without variance channels, which is not known here")
-    elif flags is None and "ema" not in checkpoint:
-        raise UserError(f"{path}: its tensors don't tell which way t runs; as in REPA's and MG's "
-                        f"files, the weights must be under ema, or beside args as in SiT's")
+    elif not (sits_own or repas) and ("args" in checkpoint or "ema" not in checkpoint):
+        raise UserError(f"{path}: doesn't tell which way t runs; its args must have path_type "
+                        "Linear and prediction velocity, as SiT's, or linear and v, as REPA's and "
+                        "MG's; or it must have the weights under ema, and no args, as theirs")
     else:
         kind = "SiT"
     if sits_own:

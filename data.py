@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -93,7 +94,7 @@ class Data:
             raise UserError(f"--data {name}: not a folder that data.py prepared") from None
         self.rows = np.delete(np.arange(len(labels)), info.get("bad", []))
         if not len(self.rows):
-            raise UserError(f"--data {name}: none of its images could be read")
+            raise UserError(f"{name}: none of its images could be read")
         self.labels = labels[self.rows]
         self.shape = (3, self.size, self.size) if self.kind == "pixels" else self.images.shape[3:]
 
@@ -182,6 +183,8 @@ def read_image(path, size=None):
     try:
         with Image.open(path) as image:
             deep = any(";16" in str(tile) for tile in image.tile)
+            inverted = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's WhiteIsZero
+            key = image.info.get("transparency")                   # the colour that is no colour
             image.load()  # a TIFF is turned by this, and then has no tag
             turn = None
             with contextlib.suppress(Exception):  # whatever else is wrong with the EXIF
@@ -189,10 +192,18 @@ def read_image(path, size=None):
             if turn:
                 image = image.transpose(Image.Transpose[turn])
             if image.mode[0] in "IF":  # convert() would clip at 255
-                image = Image.fromarray(to_8_bits(np.asarray(image)))
+                values = np.asarray(image)
+                # PIL has scaled a PGM by its own white, and inverts 8 bits alone.
+                grey = to_8_bits(values, 65535 if image.format == "PPM" else None)
+                grey = 255 - grey if inverted else grey
+                image = Image.fromarray(grey)
+                if key is not None:
+                    image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype("u1")))
             # Of other modes with 16 bits PIL takes the upper 8, which are dark where 12 are used.
             elif deep and 0 < np.asarray(image.convert("RGB")).max() < 16:
                 raise ValueError("12 bits stored as 16; scale it to 16 or 8")
+            elif deep and isinstance(key, tuple):  # in 16 bits, of which the upper 8 were taken
+                image.info["transparency"] = tuple(value >> 8 for value in key)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -219,24 +230,31 @@ def read_image(path, size=None):
     return np.ascontiguousarray(x[top:top + size, left:left + size])
 
 
-def to_8_bits(values):
+def to_8_bits(values, white=None):
     """Grey values, floats or whole numbers of up to 16 bits -> uint8.
 
-    White is 1 for floats up to 1, else the largest number of the least usual depth that holds them.
-    ValueError: no depth is likely.
+    white: where it is None, 1 for floats up to 1, else the least of 255, 4095 (cameras) and 65535
+    that holds the values. ValueError: none is likely.
     """
     largest = values.max()
     if not (np.isfinite(values).all() and values.min() >= 0):
         raise ValueError("values below 0, or not finite")
-    if values.dtype.kind == "f" and largest <= 1:
-        white = 1
-    else:
-        depths = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2 ** bits]
-        white = min(depths, default=math.inf)
-    if 0 < largest < white / 16:
-        raise ValueError(f"grey values up to {largest:g}, so that white isn't known; scale it to "
-                         "8 bits")
+    if white is None:
+        whites = [1] if values.dtype.kind == "f" else []
+        white = min((w for w in [*whites, 255, 4095, 65535] if largest <= w), default=math.inf)
+        if 0 < largest < white / 16:
+            raise ValueError(f"grey values up to {largest:g}, so that white isn't known; scale it "
+                             "to 8 bits")
+        if values.dtype == np.uint16 and white < 65535:
+            note(f"images of 16 bits without a value above {white} are scaled by it, also where "
+                 "others beside them are not; scale them to 8 bits if that is wrong")
     return np.rint(values * (255 / white)).clip(max=255).astype(np.uint8)
+
+
+@functools.cache
+def note(text):
+    """Prints a line to stderr, once."""
+    print(f"data.py: {text}", file=sys.stderr, flush=True)
 
 
 def list_images(folder):
@@ -273,7 +291,8 @@ def class_folders(folder):
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give one that holds the class folders")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    names = sorted(entry.name for entry in visible if entry.is_dir())
+    names = sorted(entry.name for entry in visible
+                   if entry.is_dir() and not is_prepared(entry.path))
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     files = {}
@@ -371,26 +390,30 @@ def fill(folder, info, make, *, free=()):
 
 
 def begin(folder, info, free):
-    """Makes what is missing in a folder of fill(): data.json, progress, then x.npy.
+    """Makes what is missing in a folder of fill(): progress, data.json, then x.npy.
 
-    UserError: it was made with another info, or holds other files.
+    UserError: it was made with another info, has lost its x.npy, or holds other files.
     """
     progress = folder / "progress"
+    array = folder / "x.npy"
     if is_prepared(folder):
         saved = read_info(folder)
+        if not (array.exists() or progress.exists()):
+            raise UserError(f"{folder}: its x.npy is gone; delete the folder, or give another")
         other = [key for key in info if saved.get(key) != info[key] and key not in free]
         if other:
             raise UserError(f"{folder} was made with another {other[0]}: use the same flags and "
                             f"files to resume, or delete it")
         info = saved | info
-    elif {*os.listdir(folder)} - {"data.json.tmp", runtime.LOCK}:
+    elif {*os.listdir(folder)} - {"progress", "progress.tmp", "data.json.tmp", runtime.LOCK}:
         raise UserError(f"{folder}: has other files in it; give a new or an empty folder")
-    write_info(folder, info)
-    if not (folder / "x.npy").exists():
-        header = {"descr": info["dtype"], "fortran_order": False, "shape": tuple(info["shape"])}
+    if not array.exists():
         with runtime.atomic(progress) as f:  # a byte per row
             f.write(bytes(info["shape"][0]))
-        with runtime.atomic(folder / "x.npy") as f:
+    write_info(folder, info)
+    if not array.exists():
+        header = {"descr": info["dtype"], "fortran_order": False, "shape": tuple(info["shape"])}
+        with runtime.atomic(array) as f:
             np.lib.format.write_array_header_1_0(f, header)
             f.truncate(f.tell() + math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize)
 
@@ -408,51 +431,69 @@ def open_array(folder, shape):
 # ---------------------------------------------------------------- python data.py
 
 def list_rows(args, saved):
-    """-> (paths in FOLDER, a row each; names of the classes; notes on what was left out).
+    """-> (paths in FOLDER, a row each; their sizes in bytes; classes' names; notes).
 
     saved: DIR/data.json, or {}. A DIR that was begun has kept its list, which holds also where a
-    file is gone by now.
-    UserError: FOLDER has images that are not in this list.
+    file is gone by now. notes: what was left out.
+    UserError: FOLDER has other images than this list, or one that has changed since it was read.
     """
     paths, _, classes, notes = class_folders(args.folder)
     above = os.path.join(os.path.abspath(args.folder), "")
-    files = [path.removeprefix(above) for path in paths]
+    found = {path.removeprefix(above): size_of(path) for path in paths}
     if "files" not in saved:
-        return files, classes, notes
-    kept = set(saved["files"])
-    new = [file for file in files if file not in kept]
-    if new:
-        raise UserError(f"{args.folder}: {len(new)} of its images are not those that {args.out} "
-                        f"was made from, such as {new[0]}; give another --out")
-    return saved["files"], saved["classes"], notes
+        return [*found], [*found.values()], classes, notes
+    files = saved["files"]
+    sizes = dict(zip(files, saved.get("bytes", map(found.get, files)), strict=True))
+    progress = Path(args.out, "progress")
+    if progress.exists():
+        read = np.fromfile(progress, np.uint8) == ord(DONE)
+    else:
+        read = ~np.isin(np.arange(len(files)), saved.get("bad", []))
+    other = [file for file in found if file not in sizes]
+    other += [file for file in itertools.compress(files, read)
+              if found.get(file, sizes[file]) != sizes[file]]
+    if other:
+        raise UserError(f"{args.folder}: {len(other)} of its images are not those that {args.out} "
+                        f"was made from, such as {other[0]}; give another --out")
+    return files, [found.get(file, sizes[file]) for file in files], saved["classes"], notes
 
 
-def describe(args, files, classes, vae, saved):
-    """What DIR/data.json says. UserError: a --size that doesn't fit the VAE."""
+def size_of(path):
+    """In bytes; None: a link to nowhere."""
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+
+
+def describe(args, files, sizes, classes, vae, saved):
+    """What DIR/data.json says. UserError: a --size that doesn't fit the VAE, or any patch."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(file) + b"\0")
+    for file, size in zip(files, sizes, strict=True):
+        digest.update(os.fsencode(f"{file}\0{size}\0"))
     counts = Counter(file.split(os.sep)[0] for file in files)
     info = {"kind": "pixels", "shape": [len(files), args.size, args.size, 3], "dtype": "|u1",
             "size": args.size, "flip": not args.no_flip, "classes": classes,
-            "counts": [counts[name] for name in classes], "images_sha256": digest.hexdigest(),
+            "counts": [counts[name] for name in classes],
             "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None,
-            "files": files}
+            "files": files, "bytes": sizes, "images_sha256": digest.hexdigest()}
+    factor = 2 * models.vae_factor(vae) if vae else 2
+    if args.size % factor:
+        raise UserError(f"--size {args.size}: must be a multiple of {factor}, the smallest patch"
+                        + (" in the VAE's latents" if vae else ""))
     if vae:
         factor = models.vae_factor(vae)
-        if args.size % factor:
-            raise UserError(f"--size {args.size}: must be a multiple of the VAE's {factor}")
         views = 1 if args.no_flip else 2
         latent = args.size // factor
         local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
                  "shape": [len(files), views, 2, vae.config.latent_channels, latent, latent],
                  "vae": os.path.abspath(args.vae) if local else args.vae}
-    if saved and "files" not in saved:  # of an earlier edition: no list to compare
+    if "files" in saved:  # of when it was begun
+        info["images_sha256"] = saved["images_sha256"]
+    elif saved:  # of an earlier edition: no list to compare
         if Path(args.out, "progress").exists():
             raise UserError(f"{args.out}: was begun by an earlier edition; delete it, or give "
                             "another --out")
-        for key in "files", "images_sha256":
+        for key in "files", "images_sha256", "bytes":
             del info[key]
     return info
 
@@ -502,9 +543,9 @@ def main(argv=None):
         raise UserError("--out digits: is the name of the built-in data; give another")
     rank, _, device = runtime.setup()
     saved = read_info(args.out) if is_prepared(args.out) else {}
-    files, classes, notes = list_rows(args, saved)
+    files, sizes, classes, notes = list_rows(args, saved)
     vae = None if args.vae == "none" else models.load_vae(args.vae, device)
-    info = describe(args, files, classes, vae, saved)
+    info = describe(args, files, sizes, classes, vae, saved)
     if rank == 0:
         size = math.prod(info["shape"]) * np.dtype(info["dtype"]).itemsize
         each = [f"{name} ({count})" for name, count in zip(classes, info["counts"], strict=True)]
@@ -534,7 +575,7 @@ def main(argv=None):
                 latents = iter(encode_views(vae, np.stack(readable), info["flip"]))
                 values = [None if image is None else next(latents) for image in values]
             yield values
-    fill(args.out, info, make, free=("source", "vae"))
+    fill(args.out, info, make, free=("source", "vae", "bytes"))
     if rank == 0:
         print(*report(args.out, files), sep="\n")
 

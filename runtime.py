@@ -124,6 +124,8 @@ def run(main):
     line = None
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
@@ -131,6 +133,9 @@ def run(main):
     except KeyboardInterrupt:
         status = 130
         line = "interrupted; run the same command to resume"
+    except BrokenPipeError:  # what reads our output, such as head, has ended
+        status = 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes there when it ends
     except Exception as e:
         status = 1
         if isinstance(e, UserError) or isinstance(e, OSError) and e.filename is not None:

@@ -288,7 +288,8 @@ def parse_args(argv):
     add("checkpoint", metavar="CKPT",
         help="a file, a run's folder, a DiTPipeline's, or its name on the hub")
     either("--labels", nargs="+", metavar="CLASS",
-           help="classes to draw, by name or number; in a .png a row each [.png: 0 to 9]")
+           help="classes to draw, by name or number (--labels=-x: one with a dash); in a .png a "
+           "row each [.png: 0 to 9]")
     either("--class-labels", choices=["balanced", "random"],
            help="instead: all classes in turn, or drawn from --seed [.npz: balanced]")
     add("--num-samples", type=positive, metavar="N", help="number of images [8 per label]")

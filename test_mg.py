@@ -335,6 +335,15 @@ def test_names_that_are_not_utf_8_can_be_printed():
     assert r"\udcff.png" in fork(lambda _: runtime.run(lambda: print(os.fsdecode(b"\xff.png"))))
 
 
+def test_a_reader_that_ends_early():
+    """As in `python models.py | head -1`: no traceback, and the shell's status for it."""
+    code = "import runtime; runtime.run(lambda: print('x' * 10**6))"
+    command = f"'{sys.executable}' -c \"{code}\" | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, text=True,
+                          check=False)
+    assert (done.stdout, done.stderr) == ("x141\n", "")
+
+
 def unpack_a_tensor(*_):
     a, b = torch.zeros(3)
     return a + b
@@ -943,13 +952,15 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     for name, state in (("other", {"model": 1}), ("evil", {"ema": Evil()}), ("list", [1, 2]),
                         ("lacking", whole | {"ema": lacking}),
                         ("nano", {"config": {"n_layer": 3}, "model": {}}),
+                        ("forged", whole | {"config": whole["config"] | {"input_size": "8"}}),
                         ("numbers", {0: torch.ones(2)})):
         torch.save(state, tmp_path / f"{name}.pt")
     for name, says in (("cut", "truncated"), ("none", "no such"), ("list", "not a checkpoint"),
                        ("other", "not a checkpoint"),
                        ("evil", f"never run ({os.system.__module__}.system)"),
                        ("lacking", "blocks.2.mlp.fc1.bias"),
-                       ("folder", "DiTPipeline"), ("nano", "not a whole checkpoint"),
+                       ("folder", "neither the ckpt.pt of a run"), ("forged", "not a whole"),
+                       ("nano", "lacks 'x_embedder.proj.weight'"),
                        ("numbers", "not a checkpoint")):
         with pytest.raises(UserError) as e:
             load_checkpoint(tmp_path / f"{name}.pt")
@@ -1018,6 +1029,14 @@ def test_files_that_name_no_convention(tmp_path):
         assert load_checkpoint(tmp_path / "DiT.pt")[1]["model"] == "DiT-T/8"
         torch.save({key: state}, tmp_path / "last.pt")
         assert "which way t runs" in error(lambda: load_checkpoint(tmp_path / "last.pt"))
+    right = {"path_type": "Linear", "prediction": "velocity"}
+    for args in ([right], {"transport": right}, {"model": "SiT-T/8"}, right | {"prediction": "v"},
+                 right | {"path_type": "linear"}, argparse.Namespace(path_type="linear")):
+        torch.save({"ema": state, "args": args}, tmp_path / "last.pt")
+        assert "which way t runs" in error(lambda: load_checkpoint(tmp_path / "last.pt"))
+    averaged = {f"module.{key}": x for key, x in state.items()} | {"n_averaged": torch.tensor(3)}
+    torch.save({"ema": averaged, "config": {"lr": 1e-4}}, tmp_path / "last.pt")
+    same(load_checkpoint(tmp_path / "last.pt")[0].state_dict(), state)
     torch.save({"ema": state}, tmp_path / "DiT.pt")
     assert "without variance" in error(lambda: load_checkpoint(tmp_path / "DiT.pt"))
 
@@ -1185,18 +1204,20 @@ def test_read_image_is_adms_crop_of_any_mode(tmp_path):
     assert "broken.png: unreadable" in error(lambda: data.read_image(tmp_path / "broken.png"))
 
 
-def png_of_16_bits(x):
-    """The bytes of a PNG of 16 bits, which PIL can't write: x (H, W, 3), or 4 with alpha."""
+def png_of_16_bits(x, key=()):
+    """A PNG of 16 bits, which PIL can't write: x (H, W, 1), 3, or 4 with alpha; key: no colour."""
     def chunk(kind, content):
         return (struct.pack(">I", len(content)) + kind + content
                 + struct.pack(">I", zlib.crc32(kind + content)))
-    header = struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, {3: 2, 4: 6}[x.shape[2]], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, {1: 0, 3: 2, 4: 6}[x.shape[2]],
+                         0, 0, 0)
+    clear = chunk(b"tRNS", np.array(key, ">u2").tobytes()) if key else b""
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in x)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + clear
             + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
 
 
-def test_images_that_other_programs_write(tmp_path, monkeypatch):
+def test_images_that_other_programs_write(tmp_path, monkeypatch, capsys):
     """Upright, on white, scaled to 8 bits; never black without a word, nor slow for its shape."""
     from PIL import Image
     path = tmp_path / "a.png"
@@ -1223,6 +1244,9 @@ def test_images_that_other_programs_write(tmp_path, monkeypatch):
     want = np.stack([ramp] * 3, 2)
     twelve = np.rint(ramp * (4095 / 255)).astype(np.uint16)
     np.testing.assert_array_equal(read(Image.fromarray(twelve)), want)
+    assert "without a value above 4095" in capsys.readouterr().err
+    ten = (np.arange(1024) << 4).astype(np.uint16)[None]  # of 16 bits, if not all of them are used
+    assert read(Image.fromarray(ten))[0, :, 0].max() == round(16368 / 257)
     for white in 1, 255, 65535:
         values = (ramp * (white / 255)).astype(np.float32)
         Image.fromarray(values).save(tmp_path / "float.tiff")
@@ -1240,6 +1264,18 @@ def test_images_that_other_programs_write(tmp_path, monkeypatch):
     black[0, 0, 3] = 65535
     path.write_bytes(png_of_16_bits(black))
     assert data.read_image(path)[0, :, 0].tolist() == [0, 255]
+    path.write_bytes(png_of_16_bits(np.array([[[0], [514], [65535]]]), [514]))
+    assert data.read_image(path)[0, :, 1].tolist() == [0, 255, 255]
+    path.write_bytes(png_of_16_bits(np.array([[[257, 0, 0], [0, 514, 65535]]]), [257, 0, 0]))
+    assert data.read_image(path)[0].tolist() == [[255, 255, 255], [0, 2, 255]]
+    # A PGM says what its white is: 10,000 and 65,535; a TIFF may say that 0 is white.
+    for white in b"10000", b"65535":
+        (tmp_path / "a.pgm").write_bytes(b"P5 2 1 " + white + b"\n" + struct.pack(">HH", 0, 2000))
+        want = round(2000 / int(white) * 255)
+        assert data.read_image(tmp_path / "a.pgm")[0, :, 0].tolist() == [0, want]
+    inverted = Image.fromarray(np.uint16([[0, 257, 65535]]))
+    inverted.save(tmp_path / "inverted.tiff", tiffinfo={262: 0})
+    assert data.read_image(tmp_path / "inverted.tiff")[0, :, 0].tolist() == [255, 254, 0]
     # Half transparent black is grey; what is hidden under alpha 0 is white.
     layers = np.zeros((1, 3, 4), np.uint8)
     layers[0, :, 3] = 255, 102, 0
@@ -1291,12 +1327,12 @@ def test_damaged_images_are_left_out(vae, tmp_path, capsys):
         tiny_vae(tmp_path)
     flags = "--vae", tmp_path / "vae" if vae else "none", "--batch", 2
     whole = prepare(folder, tmp_path / "whole", *flags)
-    (folder / "class1" / "3.png").write_bytes(b"cut")
 
     def killed(_):
         os.pwrite = before(os.pwrite, 5, lambda *_: kill())
         prepare(folder, tmp_path / "out", *flags)
     fork(killed, status=-signal.SIGKILL)
+    (folder / "class1" / "3.png").write_bytes(b"cut")
     (folder / "class0" / "6.png").unlink()
     capsys.readouterr()
     got = prepare(folder, tmp_path / "out", *flags)
@@ -1321,8 +1357,31 @@ def test_damaged_images_are_left_out(vae, tmp_path, capsys):
     two = data.Data(tmp_path / "two")  # of what is in the folder now
     assert two.files == [file for file in whole.files if file != "class0/6.png"]
     assert torch.equal(two.get(np.arange(5))[0], want)
+    # Mended it may be, as it was never read; another image must not become another.
+    shutil.copy(folder / "class1" / "5.png", folder / "class1" / "3.png")
+    again = prepare(folder, tmp_path / "out", *flags)
+    assert again.identity == got.identity and len(again) == 5
+    (folder / "class1" / "5.png").write_bytes(b"another")
+    assert "such as class1/5.png" in error(
+        data.main, folder, "--size", 16, "--out", tmp_path / "out", *flags)
     folder.rename(tmp_path / "moved")
     assert "no such folder" in error(data.main, folder, "--size", 16, "--out", tmp_path / "out")
+
+
+def test_another_folder_with_the_same_names_is_other_data(tmp_path):
+    """A folder that has moved is not; a run's data stay where they were."""
+    from PIL import Image
+    folder = image_folder(tmp_path / "images")
+    out = tmp_path / "out"
+    first = prepare(folder, out, "--vae", "none")
+    moved = shutil.move(folder, tmp_path / "moved")
+    assert prepare(moved, out, "--vae", "none").source == str(tmp_path / "moved")
+    other = shutil.copytree(moved, tmp_path / "other")
+    for path in other.rglob("*.png"):
+        Image.new("RGB", (24, 20), "red").save(path)
+    assert "not those that" in error(data.main, other, "--size", 16, "--vae", "none", "--out", out)
+    assert data.Data(out).source == str(tmp_path / "moved")
+    assert prepare(other, tmp_path / "new", "--vae", "none").identity != first.identity
 
 
 def test_what_passes_is_no_damage(tmp_path, monkeypatch):
@@ -1347,6 +1406,7 @@ def test_what_passes_is_no_damage(tmp_path, monkeypatch):
     (tmp_path / "class1").rename(folder / "class1")
     for _ in range(2):
         assert len(prepare(folder, out, "--vae", "none")) == 7
+    assert "left out" not in str(data.class_folders(folder)[3])
 
 
 def test_classes_of_numbers_are_sorted_as_numbers(tmp_path):
@@ -1434,7 +1494,9 @@ def test_data_refuses(tmp_path, capsys):
         return error(data.main, folder, "--size", size, "--vae", vae, "--out", out, *more)
     assert "no such folder" in refused(tmp_path / "x")
     assert "give the folder above the classes" in refused(folder / "class0")
-    assert "multiple of the VAE's 2" in refused(size=15, vae=tmp_path / "vae")
+    assert "multiple of 4, the smallest patch in the VAE's" in refused(
+        size=14, vae=tmp_path / "vae")
+    assert "multiple of 2, the smallest patch" in refused(size=33)
     assert "has other files" in refused(out=tmp_path / "full")
     with runtime.locked(out):
         assert "another process is writing" in refused()
@@ -1460,6 +1522,9 @@ def test_data_refuses(tmp_path, capsys):
     assert "neither digits nor prepared" in error(lambda: data.Data(folder))
     os.truncate(out / "x.npy", 300)
     assert "x.npy is missing or damaged" in error(lambda: data.Data(out))
+    (folder / "class0" / "new.png").unlink()
+    (out / "x.npy").unlink()
+    assert "x.npy is gone" in refused()  # what it keeps beside it would be of other rows
     (out / "data.json").write_text("[1]")
     assert "data.json is damaged" in error(lambda: data.Data(out))
 
@@ -2014,6 +2079,18 @@ def test_the_learning_rate_may_change_on_resume(tmp_path, capsys):
     train("SiT", tmp_path, "--steps", 4, "--lr", 1e-4)
     assert "--lr 0.001 -> 0.0001\n" in capsys.readouterr().out
     assert rate(5) == (1e-4, False)
+
+
+def test_a_run_is_of_its_data(tmp_path):
+    """Others are refused in words, not hashes; what is too few to score says so first."""
+    for name, count in ("three", 3), ("four", 4):
+        prepare(image_folder(tmp_path / f"images {name}", count), tmp_path / name, "--vae", "none")
+    flags = "--model", "SiT-T/2", "--steps", 1, "--eval-samples"
+    line = error(lambda: train("SiT", tmp_path / "run", "--data", tmp_path / "three", *flags, 4))
+    assert "too few images to score with; give --eval-samples 0" in line
+    train("SiT", tmp_path / "run", "--data", tmp_path / "three", *flags, 0)
+    line = error(lambda: train("SiT", tmp_path / "run", "--data", tmp_path / "four", *flags, 0))
+    assert "holds a run on other --data" in line and "[" not in line
 
 
 def test_one_class_is_not_guided(tmp_path, monkeypatch):
@@ -2700,6 +2777,7 @@ BAD = {
     "good.npz large.npz digits --picture a.png": "all SAMPLES must have one size",
     "good.npz digits --picture a.png --save-stats a.png": "--picture a.png",
     "digits good.npz": "digits: real images; the order is SAMPLES REFERENCE",
+    "empty digits": "empty: a folder without images",
 }
 
 
@@ -2720,10 +2798,30 @@ def test_fid_bad_input(tmp_path, monkeypatch, inception_file):
         save_image(Path("mixed", f"{name}.png"), noise[:8 - (name == "b")])
         save_image(Path("broken", f"{name}.png"), noise)
     os.truncate("broken/b.png", 20)
+    os.mkdir("empty")
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for line, says in BAD.items():
         assert says in error(fid.main, *line.split())
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_kept_statistics_are_of_the_weights_that_made_them(tmp_path, inception_file):
+    out = tmp_path / "out"
+    prepare(image_folder(tmp_path / "images", 4), out, "--vae", "none")
+    state = torch.load(inception_file)
+    state["Mixed_7c.branch1x1.bn.bias"] += 1
+    torch.save(state, tmp_path / "other.pth")
+    first = fid.load_reference(out, weights=inception_file)
+    second = fid.load_reference(out, weights=tmp_path / "other.pth")
+    assert (second.stats["mu"] - first.stats["mu"]).max() > 0.1
+    kept = (out / "inception.npz").stat().st_mtime_ns
+    again = fid.load_reference(out, weights=tmp_path / "other.pth")
+    np.testing.assert_array_equal(again.stats["mu"], second.stats["mu"])
+    assert (out / "inception.npz").stat().st_mtime_ns == kept
+    np.savez(tmp_path / "stats.npz", **first.stats)
+    fid.load_reference(tmp_path / "stats.npz", weights=inception_file)
+    assert "of other Inception weights" in error(
+        lambda: fid.load_reference(tmp_path / "stats.npz", weights=tmp_path / "other.pth"))
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
@@ -3052,7 +3150,7 @@ def test_the_readmes_four_lines_draw(tmp_path, monkeypatch):
     Path("out/SiT-T-2-digits-w1.5").mkdir(parents=True)
     model = random_model()
     save_random("out/SiT-T-2-digits-w1.5/ckpt.pt", model, "SiT-T/2")
-    images = readme_code(3)["images"]
+    images = readme_code(4)["images"]
     assert torch.equal(images, sample.generate(model, [3, 7], [0, 1], steps=50))
 
 
@@ -3072,3 +3170,20 @@ def test_the_readmes_loop_trains():
     for decay, new in zip((1 / 10, 2 / 11), weights, strict=True):
         want = [torch.lerp(p, q, 1 - decay) for p, q in zip(want, new, strict=True)]
     torch.testing.assert_close(list(scope["ema"].parameters()), want)
+
+
+def test_the_readmes_quarter_is_that_of_the_scripts():
+    """A quarter of what keeps its label is guided, by the network itself, four times as much."""
+    model = random_model()
+    draws = batch(n=400)
+    scope = readme_code(3, model=model, mg_loss=train_sit_mg.mg_loss, num_classes=10, **draws)
+    guide = scope["guide"]
+    assert not draws["dropped"][guide].any() and 40 < len(guide) < 110
+    x0, y, t, noise, dropped = (draws[key] for key in ("x0", "y", "t", "noise", "dropped"))
+    with torch.no_grad():
+        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+        out = model(x_t, t, torch.where(dropped, 10, y))
+        push = torch.zeros_like(x0)
+        push[guide] = (out - model(x_t, t, torch.full_like(y, 10)))[guide] * 0.5 * 4
+    want = (out - (noise - x0 + push)).square().mean()
+    torch.testing.assert_close(scope["loss"].detach(), want)

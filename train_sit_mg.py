@@ -480,6 +480,8 @@ def parse_args(argv):
         p.error(f"--w {args.w}: moves at evaluations; give --eval-every and --eval-samples")
     if 0 < args.eval_samples < 4:
         p.error(f"--eval-samples {args.eval_samples}: must be 0, or 4 and more")
+    if args.eval_samples and len(data) < 4 and not args.reference:
+        p.error(f"--data {args.data}: has too few images to score with; give --eval-samples 0")
     if KIND == "DiT" and args.eval_steps > 1000:
         p.error(f"--eval-steps {args.eval_steps}: a DiT has 1 to 1000")
     if args.out is None:

@@ -137,33 +137,27 @@ steps_dit() {
 }
 
 # ---------------------------------------------------------------- guidance for a share
+# preset-w... are the EMA teacher with P = 1, preset-quarter is the online one with P = 1/4.
 sparse() {
-  run sit-plain train_sit_mg.py --w 1
-  for p in 1 0.5 0.25 0.125; do
-    for teacher in ema online; do
-      run sit-$teacher-p$p train_sit_mg.py --teacher $teacher --guide-share $p
-    done
-  done
-  for p in 1 0.25; do
-    for teacher in ema online; do
-      for w in 1.25 1.75; do
-        run sit-$teacher-p$p-w$w train_sit_mg.py --teacher $teacher --guide-share $p --w $w
-      done
+  for p in 1 0.25 0.125; do
+    for w in 1.25 1.5 1.75; do
+      if [ $p != 1 ]; then
+        run ema-p$p-w$w train_sit_mg.py --guide-share $p --w $w
+      fi
+      if [ $p-$w != 0.25-1.5 ]; then
+        run online-p$p-w$w train_sit_mg.py --teacher online --guide-share $p --w $w
+      fi
     done
   done
 }
 sparse_dit() {
-  run dit-plain train_dit_mg.py --w 1
-  for teacher in ema online; do
-    for p in 1 0.25; do
-      run dit-$teacher-p$p train_dit_mg.py --teacher $teacher --guide-share $p
-    done
-  done
+  run dit-ema-p0.25-w1.5 train_dit_mg.py --guide-share 0.25
+  run dit-online-p1-w1.5 train_dit_mg.py --teacher online
 }
 sparse_t() {  # where the authors guide
   for teacher in ema online; do
     for p in 1 0.25; do
-      run sit-$teacher-p$p-t.75 train_sit_mg.py --teacher $teacher --guide-share $p --t-max 0.75
+      run $teacher-p$p-t.75 train_sit_mg.py --teacher $teacher --guide-share $p --t-max 0.75
     done
   done
 }
@@ -205,46 +199,45 @@ curves_cfg() {
 
 # ---------------------------------------------------------------- the paper's tables and figures
 table3() {  # auto moves on 500 samples
-  local auto="--eval-every 100 --eval-samples 500"
+  local auto="--eval-every 50 --eval-samples 500"
+  run ema-auto-paper train_sit_mg.py --w auto-paper $auto
   for teacher in ema online; do
-    run sit-$teacher-p1-w2 train_sit_mg.py --teacher $teacher --w 2
-    run sit-$teacher-auto-paper train_sit_mg.py --teacher $teacher --w auto-paper $auto
-    run sit-$teacher-auto train_sit_mg.py --teacher $teacher --w auto $auto
+    run $teacher-p1-w2 train_sit_mg.py --teacher $teacher --w 2
+    run $teacher-auto train_sit_mg.py --teacher $teacher --w auto $auto
   done
 }
 table3_draw() {
-  for teacher in ema online; do
-    for rule in auto auto-paper; do draw sit-$teacher-$rule 2000; done
-  done
-}
-table3_dit() {
-  for w in 1.25 1.75; do run dit-ema-p1-w$w train_dit_mg.py --w $w; done
+  for name in ema-auto-paper ema-auto online-auto; do draw $name 2000; done
 }
 table4() {
   for drop in 0.05 0.15 0.2; do run sit-drop$drop train_sit_mg.py --drop $drop; done
 }
-table5() {  # one network for all scales; those of table 3 have one each
-  run sit-range train_sit_mg.py --w-range 1 3
+table5() {  # one network for all scales; those of `quality` have one each
+  run range train_sit_mg.py --w-range 1 3
 }
 table5_draw() {
-  for w in 1 1.33 2 3; do draw sit-range w$w --w $w; done
-  for cfg in 1.33 2 3; do draw sit-plain cfg$cfg --cfg $cfg; done
+  for w in 1 1.33 2 3; do draw range w$w --w $w; done
 }
 table6() {
   for n in 1 2 4 9; do run sit-labels$n train_sit_mg.py --num-labels $n; done
 }
 fig4() {  # CFG on top of MG
-  for cfg in 1.25 1.5 2; do draw sit-ema-p1 cfg$cfg --cfg $cfg; done
+  for cfg in 1.1 1.25 1.5; do
+    for w in 1.25 1.5; do draw preset-w$w cfg$cfg --cfg $cfg; done
+  done
 }
-late() {  # three times the steps, where guidance no longer helps
+late() {  # six times the steps, where guidance hardly helps
   for w in 1.1 1.25; do run late-w$w train_sit_mg.py --w $w --steps 2400; done
-  for w in 1.5 1.75; do run late-fall$w experiments/fall.py --w $w --steps 2400; done
+  run late-fall1.5 experiments/fall.py --w 1.5 --steps 2400
 }
 late_auto() {
-  run late-auto train_sit_mg.py --w auto --eval-every 100 --eval-samples 500 --steps 2400
+  for teacher in ema online; do
+    run late-$teacher-auto train_sit_mg.py --teacher $teacher --w auto --eval-every 100 \
+      --eval-samples 500 --steps 2400
+  done
 }
 late_auto_draw() {
-  draw late-auto 2000
+  for teacher in ema online; do draw late-$teacher-auto 2000; done
 }
 
 # ---------------------------------------------------------------- another data set: MNIST
@@ -273,7 +266,7 @@ mnist_finetune() {
 
 parts="quality quality_cfg passes finetune quality_dit quality_dit_cfg passes_dit curves_plain
   curves_cfg curves finetune_late steps_dit sparse sparse_dit sparse_t gft board table3
-  table3_draw table3_dit table4 table5 table5_draw table6 fig4 late late_auto late_auto_draw
+  table3_draw table4 table5 table5_draw table6 fig4 late late_auto late_auto_draw
   mnist_images mnist mnist_cfg mnist_finetune"
 for part in $parts; do $part > /dev/null; done  # each run's command is known
 for part in ${*:-$parts}; do
