@@ -3140,7 +3140,7 @@ def test_the_readmes_target_is_mg_losss():
     torch.manual_seed(3)
     got = readme_code(1, **scope)["x"]
     torch.manual_seed(3)
-    net = sample.guided(model, scope["y"])
+    net = sample.guided(ema, scope["y"])
     torch.testing.assert_close(got, SAMPLERS["euler"](net, torch.randn(60, 1, 8, 8), 4),
                                rtol=1e-4, atol=1e-5)
 
@@ -3158,6 +3158,7 @@ def test_the_readmes_loop_trains():
     """The loop of one's own: steps of mg_loss, and an average that follows with a warm-up."""
     model = random_model()
     b = batch()
+    batches = [(b["x0"], b["y"])] * 2
     want = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     weights = []
@@ -3165,7 +3166,7 @@ def test_the_readmes_loop_trains():
     def remember(*_):
         weights.append([p.detach().clone() for p in model.parameters()])
     optimizer.register_step_post_hook(remember)
-    scope = readme_code(2, model=model, optimizer=optimizer, steps=2, num_classes=10, **b)
+    scope = readme_code(2, model=model, optimizer=optimizer, batches=batches, num_classes=10)
     assert scope["loss"].isfinite() and not torch.equal(weights[0][0], weights[1][0])
     for decay, new in zip((1 / 10, 2 / 11), weights, strict=True):
         want = [torch.lerp(p, q, 1 - decay) for p, q in zip(want, new, strict=True)]
