@@ -4,7 +4,8 @@
     python checkpoints.py CKPT --to-safetensors FILE             # the average's tensors, the config
 
 Ours is a dict: config (plain values), step, model, ema, optimizer (state dicts), log (the rows of
-log.csv), losses (since the last row), w (at this step), classes (names). No pickled code is run.
+log.csv), losses (since the last row), scored (the step of the last evaluation), w (at this step),
+ramp (over so many steps w rises), classes (names). No pickled code is run.
 """
 import argparse
 import hashlib
@@ -62,7 +63,7 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it then refuses
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            state.keys()
+            state.keys()  # AttributeError: not a dict
     except pickle.UnpicklingError as e:
         held = re.search(r"GLOBAL (\S+)", str(e))
         raise UserError(f"{path}: not a checkpoint, or it has code, which is never run "
@@ -122,7 +123,8 @@ def initialize_from(path, name, shape, classes):
     source, config = load_checkpoint(path)
     model = models.create_model(name, **shape)
     old = config["classes"]
-    by_name = has_names(classes) and (has_names(old) or {*classes} <= {*old})  # or some numbers
+    some_numbers = {*classes} <= {*old}  # such as 2 and 5
+    by_name = has_names(classes) and (has_names(old) or some_numbers)
     rows = dict(zip(old if by_name else classes, range(len(old)), strict=False))
     new = [label for label in classes if label not in rows]
     found = f"{len(classes) - len(new)} of {len(classes)}"
@@ -216,7 +218,7 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         ours = {"config", "classes"} <= state.keys()  # others, too, may have a config
         if not ours:
             state, config = from_public(state, weights, path)
-    whole = f"{path}: not a whole checkpoint"
+    broken = f"{path}: not a whole checkpoint"
     if ours and "ema" in state and weights not in state:
         raise UserError(f"{path}: holds the average alone; leave out --raw")
     try:
@@ -226,13 +228,13 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         name = config["model"]
         shape = {key: config[key] for key in SHAPE}
     except (KeyError, TypeError) as e:
-        raise UserError(f"{whole} ({e})") from None
+        raise UserError(f"{broken} ({e})") from None
     try:
         with torch.device("meta"):  # the initial weights would be overwritten at once
             model = models.create_model(name, **shape)
         model.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError) as e:  # names tensors that don't fit
-        raise UserError(f"{whole} ({str(e).strip().splitlines()[-1].strip()[:200]})") from None
+        raise UserError(f"{broken} ({str(e).strip().splitlines()[-1].strip()[:200]})") from None
     return model.float().to(device).eval().requires_grad_(True), config | {"kind": model.kind}
 
 

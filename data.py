@@ -4,7 +4,7 @@
     python data.py photos --size 64 --vae none --out photos-64      # pixels
     torchrun --nproc-per-node 8 data.py imagenet/train --size 256 --out latents-256
 
-FOLDER holds one folder of images a class. Interrupted, the same command goes on where it was.
+FOLDER holds one folder of images per class. Interrupted, the same command goes on where it was.
 Images that can't be read are left out, and listed at the end.
 """
 import contextlib
@@ -33,7 +33,7 @@ from runtime import UserError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
             ".tiff", ".ppm", ".pgm")
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EMFILE,
-           errno.ENFILE, errno.ENOMEM, errno.EHOSTDOWN, errno.EACCES}  # not of one image's content
+           errno.ENFILE, errno.ENOMEM, errno.EHOSTDOWN, errno.EACCES}  # of disks and systems
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF's orientations, but for upright
 DONE = b"\1"  # marks of a row in FOLDER/progress: written,
@@ -245,7 +245,7 @@ def to_8_bits(values, white=None):
         if 0 < largest < white / 16:
             raise ValueError(f"grey values up to {largest:g}, so that white isn't known; scale it "
                              "to 8 bits")
-        if values.dtype == np.uint16 and white < 65535:
+        if values.dtype.str[1:] == "u2" and white < 65535:
             note(f"images of 16 bits without a value above {white} are scaled by it, also where "
                  "others beside them are not; scale them to 8 bits if that is wrong")
     return np.rint(values * (255 / white)).clip(max=255).astype(np.uint8)
@@ -283,7 +283,7 @@ def list_images(folder):
 
 
 def class_folders(folder):
-    """A folder with one folder of images a class -> (paths, labels, classes' names, notes).
+    """A folder with one folder of images per class -> (paths, labels, classes' names, notes).
 
     Classes are sorted as numbers where all names are numbers, else as strings.
     notes: lines on what was left out. UserError: no such folder, or no images in folders of it.
@@ -475,14 +475,13 @@ def describe(args, files, sizes, classes, vae, saved):
             "counts": [counts[name] for name in classes],
             "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None,
             "files": files, "bytes": sizes, "images_sha256": digest.hexdigest()}
-    factor = 2 * models.vae_factor(vae) if vae else 2
-    if args.size % factor:
-        raise UserError(f"--size {args.size}: must be a multiple of {factor}, the smallest patch"
+    multiple = 2 * models.vae_factor(vae) if vae else 2
+    if args.size % multiple:
+        raise UserError(f"--size {args.size}: must be a multiple of {multiple}, the smallest patch"
                         + (" in the VAE's latents" if vae else ""))
     if vae:
-        factor = models.vae_factor(vae)
         views = 1 if args.no_flip else 2
-        latent = args.size // factor
+        latent = args.size // models.vae_factor(vae)
         local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
                  "shape": [len(files), views, 2, vae.config.latent_channels, latent, latent],
@@ -523,7 +522,7 @@ def parse_args(argv):
     p = runtime.command_line(__doc__)
     add = p.add_argument
     positive = runtime.number("[1, inf)", int)
-    add("folder", metavar="FOLDER", help="holds one folder of images a class")
+    add("folder", metavar="FOLDER", help="holds one folder of images per class")
     add("--size", type=positive, required=True, metavar="PIXELS",
         help="images are cropped to this height and width")
     add("--vae", default="stabilityai/sd-vae-ft-ema", metavar="NAME",

@@ -35,7 +35,7 @@ from runtime import UserError
 MANIFOLD = 10_000  # real images that precision and recall look at (ADM)
 SPLIT = 5_000      # images in a split of the Inception Score (ADM)
 WIDTH = 64         # features of the classifier
-TRAINING = 600     # steps that it is trained for
+TRAINING = 600     # steps that it is trained for; after a change delete what is kept of it
 CLASSES = 10_000   # at most, of a classifier
 LARGEST = 64       # it scores prepared pixels of up to so many a side, without being asked
 
@@ -568,7 +568,7 @@ def statistics(net, images, *, batch, keep):
 
 
 def choose_features(reference, weights=None):
-    """Which features score against a reference that nothing else is said about.
+    """Which features score against a reference unless something else is asked for.
 
     "classifier" for digits, small prepared pixels, and statistics of its width; else "inception".
     """
@@ -762,7 +762,7 @@ def main(argv=None):
     p.add_argument("reference", metavar="REFERENCE",
                    help="the same of real images; ADM's .npz; class folders; a folder of data.py's")
     p.add_argument("--features", choices=["inception", "classifier"],
-                   help="whose; a classifier is trained on REFERENCE's images [it for digits and "
+                   help="a classifier is trained on REFERENCE's images [classifier for digits and "
                    f"prepared pixels up to {LARGEST}, else inception]")
     p.add_argument("--weights", metavar="FILE", help="Inception's [downloaded once, 95 MB]")
     p.add_argument("--batch", type=runtime.number("[1, inf)", int), default=64, metavar="N",
@@ -776,7 +776,7 @@ def main(argv=None):
         if target and (target.resolve() in inputs or not target.parent.is_dir()):
             raise UserError(f"--{flag} {target}: must not be an input, and its folder must exist")
         if target:
-            inputs.append(target.resolve())  # of the second
+            inputs.append(target.resolve())  # the two must differ
     rank, _, _ = runtime.setup()
     samples = [Images(path) for path in args.samples]
     if args.picture and len({images.shape for images in samples}) > 1:

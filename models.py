@@ -1,6 +1,7 @@
 """DiT's and SiT's transformer, DiT's noise schedule, and the VAE codec.
 
-`python models.py` prints parameters and GFLOPs of every configuration.
+`python models.py` prints parameters and GFLOPs of every configuration. Equations without a name
+are Tang et al.'s (2025).
 """
 import functools
 import math
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, c)
         shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
-        x = self.final_layer.linear(modulate(x, shift, scale))                 # (N, T, patch^2 C)
+        x = self.final_layer.linear(norm_modulate(x, shift, scale))            # (N, T, patch^2 C)
         x = x.unflatten(1, (height, width)).unflatten(3, (self.patch, self.patch, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)             # (N, C, H, W)
 
@@ -145,15 +146,15 @@ class Block(nn.Module):
     def forward(self, x, c):
         modulation = self.adaLN_modulation(c)[:, None].chunk(6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation                  # (N, 1, D) each
-        qkv = self.attn.qkv(modulate(x, shift1, scale1))                               # (N, T, 3D)
+        qkv = self.attn.qkv(norm_modulate(x, shift1, scale1))                          # (N, T, 3D)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (N, heads, T, d)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)         # (N, T, D)
         x = x + gate1 * self.attn.proj(h)
-        h = self.mlp.fc1(modulate(x, shift2, scale2))                                  # (N, T, 4D)
+        h = self.mlp.fc1(norm_modulate(x, shift2, scale2))                             # (N, T, 4D)
         return x + gate2 * self.mlp.fc2(F.gelu(h, approximate="tanh"))
 
 
-def modulate(x, shift, scale):
+def norm_modulate(x, shift, scale):
     """LayerNorm, scaled and shifted by the condition: (N, T, D), twice (N, 1, D) -> (N, T, D)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 

@@ -8,7 +8,7 @@ v = dx_t/dt = eps - x_0. DiT: t in 0..999, and it predicts eps. Guidance scale 1
 (here, two passes a step) and --w (trained, one pass). Label num_classes is the empty class. Images
 are NCHW in [-1, 1]; latents are the VAE's times its scaling_factor.
 
-Interrupted, the same command resumes.
+Interrupted, the same command resumes. Equations without a name are Tang et al.'s (2025).
 """
 import itertools
 import json
@@ -252,7 +252,8 @@ def write_samples(path, model, labels, seed, *, batch, record, vae=None, dtype="
 def save_grid(images, path, columns):
     """uint8 (N, H, W, 1 or 3) -> a PNG, `columns` a row, small ones enlarged to 48 pixels."""
     from PIL import Image
-    images = np.pad(images, [(0, -len(images) % columns), (0, 0), (0, 0), (0, 0)])
+    images = np.pad(images, [(0, -len(images) % columns), (0, 0), (0, 0), (0, 0)],
+                    constant_values=255)
     zoom = math.ceil(48 / images.shape[1])
     images = np.pad(images.repeat(zoom, 1).repeat(zoom, 2), [(0, 0), (1, 1), (1, 1), (0, 0)])
     n, height, width, channels = images.shape

@@ -1945,7 +1945,9 @@ def test_init(tmp_path, capsys):
     run, _ = initialized("ramp", model, "--steps", 8, *flags)
     w = [1.25, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5]  # risen after a quarter of the steps
     assert [row["w"] for row in run["log"]] == w and run["ramp"] == 2
-    assert train("SiT", tmp_path / "ramp", "--steps", 12, *flags)["ramp"] == 2
+    (tmp_path / "c.pt").unlink()  # a run that goes on needs it no more
+    again = "--init", tmp_path / "c.pt", "--steps", 12, *flags
+    assert train("SiT", tmp_path / "ramp", *again)["ramp"] == 2
     run, said = initialized("b", five)
     same(run["model"][key], five.state_dict()[key], atol=1e-6)
     assert "has 5 of 10 classes, by number\nnew classes: 5, 6, 7, 8, 9" in said
@@ -2150,6 +2152,7 @@ def test_draws_are_functions_of_seed_and_step(tmp_path, monkeypatch):
     y = torch.from_numpy(data.digits()[1])[index]
     labels = torch.cat([y[:, None], draws["others"]], 1).sort(1).values
     assert (labels.diff() > 0).all() and labels.min() == 0 and labels.max() == 9
+    assert drawn("SiT", 0, *flags, "--batch", 1)[3]["others"].shape == (1, 4)
     counts = draws["others"].flatten().bincount()
     assert counts.min() > 1450 and counts.max() < 1750  # 4000 * 4 / 10
     for script, high in (train_sit_mg, 1), (train_dit_mg, 999):

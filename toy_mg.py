@@ -67,11 +67,10 @@ def mg_loss(network, teacher, x0, y, w, *, t, noise, dropped, guide, share=1.0):
     target = noise - x0                                                    # Eq. 6: v = -u
     out = network(x_t, t, torch.where(dropped, EMPTY, y))                  # (N, 2)
     if w != 1:
-        k = guide
         with torch.no_grad():                                              # sg(.) of Eq. 18, 20
-            cond = out[k] if teacher is network else teacher(x_t[k], t[k], y[k])
-            uncond = teacher(x_t[k], t[k], torch.full_like(y[k], EMPTY))
-        target[k] += (w - 1) / share * (cond - uncond)                     # Eq. 18, 20
+            cond = out[guide] if teacher is network else teacher(x_t[guide], t[guide], y[guide])
+            uncond = teacher(x_t[guide], t[guide], torch.full_like(y[guide], EMPTY))
+        target[guide] += (w - 1) / share * (cond - uncond)                 # Eq. 18, 20
     return (out - target).square().mean()                                  # Eq. 19
 
 
@@ -197,8 +196,9 @@ def fig2(fit, w, out):
 
 
 def sweep(fit):
-    """What w means: after training the network's output v is the mean of its own target, so
+    """What w means, derived and measured.
 
+    After training the network's output v is the mean of its own target:
     v(c) = plain(c) + (w-1) (v(c) - v(empty)), and v(empty) is plain. Solved for v(c) - v(empty):
     v(c) - v(empty) = (plain(c) - v(empty)) / (2-w), which is CFG at the scale 1/(2-w).
     """

@@ -81,18 +81,18 @@ def mg_loss(model, teacher, x0, y, w, *, t, noise, dropped, null, guide=None, sh
     """The loss of each sample, (N,). The function to copy: it draws nothing itself.
 
     model(x_t, t, y) -> like x0; a DiT has as many channels again (dim 1), for the variance.
-        Scale-aware (Eq. 21): lambda x, t, y: network(x, t, y, w), with the network as the teacher.
+        Scale-aware (Eq. 21): lambda x, t, y: network(x, t, y, w); the teacher runs at its w of 1.
     teacher: the EMA network (Eq. 18); the model itself (Eq. 20), whose output is then reused; or
         None, for plain diffusion. Under DDP pass the network that DDP wraps.
     x0 (N, ...): data of any shape; y (N,) int64: labels, or any other condition (N, ...)
-    w: guidance scale, a number or (N,); 1 is off
+    w: guidance scale, a number or (N,); 1 is off (teacher None saves its passes then)
     t (N,), noise (N, ...): the time and the noise of each sample
     dropped (N,) bool: these get the empty condition and the plain target. If your model or loader
         drops labels too, turn that off, but keep its empty embedding.
     null: the empty condition, a label or a tensor like y[0]
     guide (K,) int64: the samples to guide; a dropped one never is. None: all that keep their label.
-    share: the probability of being chosen for guide; the guidance term is divided by it. Only below
-        t 0.75, and there a quarter: guide = ((t < 0.75) & (torch.rand(N) < 0.25)).nonzero()[:, 0]
+    share: the probability of being chosen for guide; the guidance term is divided by it. A quarter
+        of those below t 0.75: guide = ((t < 0.75) & (torch.rand(N) < 0.25)).nonzero()[:, 0]
     others (N, L) int64: L labels, distinct and not y, in place of the empty condition (Eq. 23)
     ValueError: share without guide, or a guide that is a mask.
     """
@@ -170,7 +170,7 @@ def draw(args, data, step, w):
         classes = len(data.classes)
         order = torch.rand(n, classes - 1, generator=cpu)
         offsets = 1 + order.topk(args.num_labels).indices
-        draws["others"] = (torch.from_numpy(data.labels[index])[:, None] + offsets) % classes
+        draws["others"] = (torch.from_numpy(data.labels)[index][:, None] + offsets) % classes
     if args.w_range:
         low, high = args.w_range
         # A share of those that are not dropped, so that it is SCALED_SHARE of all.
@@ -368,14 +368,14 @@ def train(args, data, rank, world, device):
             mine = {key: runtime.move(x[part], device) for key, x in draws.items()}
             guide = runtime.move(guided[part].nonzero()[:, 0], device)
             student = net
-            if args.w_range:  # which then isn't the teacher: that is net at w = 1 (Eq. 22)
+            if args.w_range:  # at a w of each sample; the teacher runs at w = 1 (Eq. 22)
                 student = functools.partial(net, w=mine["w"])
             net.require_backward_grad_sync = i == args.accum - 1  # DDP adds up after the last part
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = mg_loss(student, teacher if step >= args.start_step else None, x0, y,
                                noise=noise[part], null=len(data.classes), guide=guide,
                                share=args.guide_share, **mine).mean() / args.accum
-                loss.backward()
+            loss.backward()
             losses[-1] += loss.detach()
         if args.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -468,7 +468,7 @@ def parse_args(argv):
     add("--data", default="digits", help="digits, or a folder made by data.py [%(default)s]")
     add("--model", help=f"{KIND}-{{T,XS,S,B,L,XL}}/{{2,4,8}} [that of --init, or preset]")
     add("--init", metavar="CKPT",
-        help=f"start from these weights; w ramps up over --steps / 4, at most {RAMP} [random]")
+        help=f"start from these weights; --w ramps up over --steps / 4, at most {RAMP} [random]")
     add("--steps", type=positive, metavar="N", help="training steps in all [preset]")
     add("--batch", type=positive, metavar="N", help="global batch size [preset]")
     add("--accum", type=positive, metavar="N", default=1,
@@ -495,7 +495,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     data = Data(args.data)
     if args.init and args.model is None:
-        _, config = checkpoints.load_checkpoint(args.init)
+        begun = args.out and Path(args.out, "ckpt.pt").exists()  # then --init may be gone
+        _, config = checkpoints.load_checkpoint(args.out if begun else args.init)
         args.model = config["model"]
         if config["kind"] != KIND:
             p.error(f"--init {args.init}: is a {args.model}; this script trains a {KIND}")

@@ -83,8 +83,9 @@ def training_step(name, input_size, channels, batch, teacher="ema", share=1.0, t
             offsets = 1 + torch.rand(batch, 999, device=DEVICE).topk(labels).indices
             draws["others"] = (y[:, None] + offsets) % 1000
         with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
-            script.mg_loss(model, teacher, x0, y, 1.5, noise=torch.randn_like(x0), null=1000,
-                           share=share, **draws).mean().backward()
+            loss = script.mg_loss(model, teacher, x0, y, 1.5, noise=torch.randn_like(x0), null=1000,
+                                  share=share, **draws).mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(ema_weights, weights, 1e-4)

@@ -33,17 +33,17 @@ def run(seed, rows):
         done = {"seed": seed} | setting
         if any(done.items() <= row.items() for row in rows):
             continue
-        usual = setting["ema"], setting["batch"]
-        if usual not in plain:  # the same average and batch, without guidance
-            plain[usual] = toy_mg.train(1, STEPS, ema=usual[0], batch=usual[1], seed=seed)
+        key = setting["ema"], setting["batch"]
+        if key not in plain:  # the same average and batch, without guidance
+            plain[key] = toy_mg.train(1, STEPS, ema=key[0], batch=key[1], seed=seed)
         torch.manual_seed(seed)
         noise = torch.randn(toy_mg.POINTS, 2)
-        options = {key: value for key, value in setting.items() if key != "w"}
+        options = {name: value for name, value in setting.items() if name != "w"}
         mg = toy_mg.train(setting["w"], STEPS, seed=seed, **options)
-        row = done | {"measured": toy_mg.measured_scale(mg, plain[usual])}
+        row = done | {"measured": toy_mg.measured_scale(mg, plain[key])}
         drawn = {"": toy_mg.sample(mg, noise, y)}
         if setting["w"] < 2:
-            drawn["cfg_"] = toy_mg.sample(plain[usual], noise, y, cfg=1 / (2 - setting["w"]))
+            drawn["cfg_"] = toy_mg.sample(plain[key], noise, y, cfg=1 / (2 - setting["w"]))
         for name, path in drawn.items():
             row[f"{name}outliers"], row[f"{name}coverage"] = toy_mg.scores(path[-1], y)
         rows.append(row)
@@ -63,7 +63,7 @@ def main():
         if not found:
             continue
         w = setting["w"]
-        law = 1 / (2 - setting["w"])
+        law = 1 / (2 - w)
         cells = [w, setting["teacher"], setting["share"], setting["ema"], setting["batch"],
                  f"{law:.2f}" if w < 2 else "none", f"{mean(r['measured'] for r in found):.2f}",
                  " ".join(f"{r['measured']:.2f}" for r in found)]

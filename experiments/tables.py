@@ -129,7 +129,8 @@ def passes(axis, title, preset, sampler):
                 steps = int(match[2])
                 steps = 2 * steps - 1 if sampler == "heun" else steps
                 tried.setdefault(calls * steps, []).append((by_seed(seeds), match[1]))
-        best = {x: min(scales) for x, scales in sorted(tried.items())}
+        best = {x: min(scales, key=lambda found: mean(found[0]))
+                for x, scales in sorted(tried.items())}
         if best:
             plot(axis, {x: values for x, (values, _) in best.items()}, label)
         figures = [f"{x}: {mean(y):.1f} ({scale})" for x, (y, scale) in best.items()]
