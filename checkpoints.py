@@ -267,7 +267,7 @@ def from_public(checkpoint, weights, path):
         raise UserError(f"{path}: not a checkpoint with {weights} weights")
     # The wrappers' prefixes and counters; REPA's projectors, which only its training needs.
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): x for key, x in state.items()}
-    state = {key: x for key, x in state.items()
+    state = {key.replace("s_embedder.", "w_embedder."): x for key, x in state.items()  # MG's name
              if not key.startswith("projectors.") and key not in ("n_averaged", "num_updates")}
     for key, x in state.items():
         if not isinstance(x, torch.Tensor):
@@ -292,7 +292,8 @@ def from_public(checkpoint, weights, path):
     hint = f"{flags.get('model', '')} {path.name}".lower()
     kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)]
     sits_own = (path_type, prediction) == ("Linear", "velocity")  # as its flags are spelt,
-    repas = (path_type, prediction) == ("linear", "v")            # and REPA's and MG's
+    repas = (path_type, prediction) == ("linear", "v")            # and REPA's; MG has these alone,
+    repas |= "mgw" in flags                                       # without a flag, beside its own
     if outputs == 2 * channels:
         if len(kinds) != 1:
             raise UserError(f"{path}: DiT's and SiT's files look alike; rename it, so that it has "
@@ -306,8 +307,8 @@ def from_public(checkpoint, weights, path):
         raise UserError(f"{path}: a DiT without variance channels, which is not known here")
     elif not (sits_own or repas) and ("args" in checkpoint or "ema" not in checkpoint):
         raise UserError(f"{path}: doesn't tell which way t runs; its args must have path_type "
-                        "Linear and prediction velocity, as SiT's, or linear and v, as REPA's and "
-                        "MG's; or it must have the weights under ema, and no args, as theirs")
+                        "Linear and prediction velocity, as SiT's, or linear and v, as REPA's, or "
+                        "MG's mgw; or it must have the weights under ema, and no args")
     else:
         kind = "SiT"
     if sits_own:
@@ -317,7 +318,8 @@ def from_public(checkpoint, weights, path):
             raise UserError(f"{unlike}: lacks, or has in another shape, {e}") from None
     return state, {
         "model": f"{kind}-{size}/{patch}", "input_size": round(tokens ** 0.5) * patch,
-        "in_channels": channels, "num_classes": rows - 1, "scale_aware": False,
+        "in_channels": channels, "num_classes": rows - 1,
+        "scale_aware": "w_embedder.mlp.0.weight" in state,
         "classes": [str(i) for i in range(rows - 1)], "w": None, "step": None,
         "vae": "stabilityai/sd-vae-ft-ema" if channels == 4 else None}
 

@@ -970,8 +970,9 @@ def test_bad_checkpoints(checkpoint, tmp_path):
 
 def public_file(path, layout, args=None):
     """Random weights in a public layout -> what its own code computes from x, t, y."""
-    model = random_model("DiT-T/8" if layout == "dit" else "SiT-T/8", 16, 4, 7)
-    state = dict(model.state_dict())
+    model = random_model("DiT-T/8" if layout == "dit" else "SiT-T/8", 16, 4, 7,
+                         scale_aware=layout == "scale-aware")
+    state = {key.replace("w_emb", "s_emb"): x for key, x in model.state_dict().items()}
     if layout == "sit":
         double_channels(state)
     if layout == "ddp":
@@ -997,6 +998,8 @@ def public_file(path, layout, args=None):
       "lr": np.float32(1e-4), "out": Path("results")}),
     ("sit without variance", "dict.pt", {"path_type": "Linear", "prediction": "velocity"}),
     ("ddp", "last.pt", None),
+    ("mg", "latest.pt", {"model": "SiT-T/8", "mgw": [1.45, 1.45], "mg_high": 0.75}),
+    ("scale-aware", "latest.pt", {"model": "ScaleAware-SiT-T/8", "mgw": [1.0, 3.0]}),
     ("repa", "04.pt", {"model": "SiT-T/8", "path_type": "linear", "prediction": "v"})])
 def test_public_files_mean_what_they_meant(layout, name, args, tmp_path):
     original = public_file(tmp_path / name, layout, args)
