@@ -194,7 +194,8 @@ def read_image(path, size=None):
             if image.mode[0] in "IF":  # convert() would clip at 255
                 values = np.asarray(image)
                 # PIL has scaled a PGM by its own white, and inverts 8 bits alone.
-                grey = to_8_bits(values, 65535 if image.format == "PPM" else None)
+                scaled = image.format == "PPM" and image.mode != "F"
+                grey = to_8_bits(values, 65535 if scaled else None)
                 grey = 255 - grey if inverted else grey
                 image = Image.fromarray(grey)
                 if key is not None:

@@ -1276,6 +1276,8 @@ def test_images_that_other_programs_write(tmp_path, monkeypatch, capsys):
         (tmp_path / "a.pgm").write_bytes(b"P5 2 1 " + white + b"\n" + struct.pack(">HH", 0, 2000))
         want = round(2000 / int(white) * 255)
         assert data.read_image(tmp_path / "a.pgm")[0, :, 0].tolist() == [0, want]
+    (tmp_path / "a.pgm").write_bytes(b"Pf\n2 1\n-1.0\n" + struct.pack("<ff", 0, 0.5))  # floats
+    assert data.read_image(tmp_path / "a.pgm")[0, :, 0].tolist() == [0, 128]
     inverted = Image.fromarray(np.uint16([[0, 257, 65535]]))
     inverted.save(tmp_path / "inverted.tiff", tiffinfo={262: 0})
     assert data.read_image(tmp_path / "inverted.tiff")[0, :, 0].tolist() == [255, 254, 0]

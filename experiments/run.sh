@@ -220,6 +220,7 @@ table5_draw() {
 }
 table6() {
   for n in 1 2 4 9; do run sit-labels$n train_sit_mg.py --num-labels $n; done
+  for w in 1.35 1.45; do run sit-labels1-w$w train_sit_mg.py --num-labels 1 --w $w; done
 }
 fig4() {  # CFG on top of MG
   for cfg in 1.1 1.25 1.5; do
