@@ -58,6 +58,9 @@ def surroundings(tmp_path_factory):
     """A cache of our own for the digits' CNN; no network; one thread, as the tensors are small."""
     os.environ |= {"TORCH_HOME": str(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
+    for number in runtime.SIGNALS:  # nohup and jobs in the background ignore some
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     # matplotlib takes a third of a second for each; test_curves_are_drawn has the real one.
     checkpoints.save_curves = lambda rows, path: Path(path).touch()
 
