@@ -99,14 +99,12 @@ def read_last(path, config, steps):
                         f"resumed; start from its weights with --init {path} --out NEW")
     for key in sorted(config.keys() | saved.keys()):
         if saved.get(key) != config.get(key) and key != "vae":  # its path may differ
+            other = f"with {key} {saved.get(key)}, not {config.get(key)}"
             if key == "data":  # hashes
-                raise UserError(f"--out {path.parent} holds a run on other --data: resume it with "
-                                f"its own, give another --out, or start from its weights with "
-                                f"--init {path} --out NEW")
+                other = "on other --data"
             raise UserError(
-                f"--out {path.parent} holds a run with {key} {saved.get(key)}, not "
-                f"{config.get(key)}: resume it with its own flags, give another --out, or start "
-                f"from its weights with --init {path} --out NEW")
+                f"--out {path.parent} holds a run {other}: resume it with its own flags, give "
+                f"another --out, or start from its weights with --init {path} --out NEW")
     if last["step"] > steps:
         raise UserError(f"--steps {steps}: the run in {path.parent} is at step {last['step']}")
     notes = [f"warning: {e}; resuming from the one before it" for e in errors]
@@ -207,9 +205,6 @@ def load_checkpoint(path, *, weights="ema", device="cpu"):
         if file.exists():  # the folder of a run
             path = file
             break
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise UserError(f"{path}: has neither the ckpt.pt of a run nor the model_index.json of "
-                        "diffusers' DiTPipeline; give a folder with one, or a file")
     ours = False
     if path.is_dir():
         state, config = from_diffusers(path)
@@ -265,9 +260,10 @@ def from_public(checkpoint, weights, path):
         state = checkpoint.get(weights, checkpoint.get("model", checkpoint.get("state_dict")))
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint with {weights} weights")
-    # The wrappers' prefixes and counters; REPA's projectors, which only its training needs.
+    # Without the wrappers' prefixes and counters, and REPA's projectors, which only its training
+    # needs. MG calls the embedder of w s_embedder.
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): x for key, x in state.items()}
-    state = {key.replace("s_embedder.", "w_embedder."): x for key, x in state.items()  # MG's name
+    state = {key.replace("s_embedder.", "w_embedder."): x for key, x in state.items()
              if not key.startswith("projectors.") and key not in ("n_averaged", "num_updates")}
     for key, x in state.items():
         if not isinstance(x, torch.Tensor):
@@ -291,9 +287,8 @@ def from_public(checkpoint, weights, path):
     size = size_name(depth, width, None, path)
     hint = f"{flags.get('model', '')} {path.name}".lower()
     kinds = [kind for kind in ("DiT", "SiT") if re.search(rf"(?<![a-z]){kind.lower()}", hint)]
-    sits_own = (path_type, prediction) == ("Linear", "velocity")  # as its flags are spelt,
-    repas = (path_type, prediction) == ("linear", "v")            # and REPA's; MG has these alone,
-    repas |= "mgw" in flags                                       # without a flag, beside its own
+    sits_own = (path_type, prediction) == ("Linear", "velocity")  # as its flags are spelt
+    repas = (path_type, prediction) == ("linear", "v") or "mgw" in flags  # MG has no other path
     if outputs == 2 * channels:
         if len(kinds) != 1:
             raise UserError(f"{path}: DiT's and SiT's files look alike; rename it, so that it has "
@@ -461,7 +456,8 @@ def from_diffusers(folder):
         named = {int(key): str(value) for key, value in names.items()}
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:
         raise UserError(f"{folder}: not a folder of diffusers' DiTPipeline "
-                        f"({' '.join(str(e).split())[:200]})") from None
+                        f"({' '.join(str(e).split())[:200]}), and has neither the ckpt.pt of a run "
+                        "nor its ckpt-prev.pt") from None
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
         raise UserError(f"{folder}: incomplete, {lacking[0]} is missing or of another shape")

@@ -476,13 +476,13 @@ def describe(args, files, sizes, classes, vae, saved):
             "counts": [counts[name] for name in classes],
             "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None,
             "files": files, "bytes": sizes, "images_sha256": digest.hexdigest()}
-    multiple = 2 * models.vae_factor(vae) if vae else 2
-    if args.size % multiple:
-        raise UserError(f"--size {args.size}: must be a multiple of {multiple}, the smallest patch"
-                        + (" in the VAE's latents" if vae else ""))
+    factor = models.vae_factor(vae) if vae else 1
+    if args.size % (2 * factor):
+        raise UserError(f"--size {args.size}: must be a multiple of {2 * factor}, the smallest "
+                        + ("patch in the VAE's latents" if vae else "patch"))
     if vae:
         views = 1 if args.no_flip else 2
-        latent = args.size // models.vae_factor(vae)
+        latent = args.size // factor
         local = os.path.isdir(args.vae)  # then found from every folder, by its absolute path
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
                  "shape": [len(files), views, 2, vae.config.latent_channels, latent, latent],

@@ -1953,8 +1953,9 @@ def test_init(tmp_path, capsys):
     run, _ = initialized("ramp", model, "--steps", 8, *flags)
     w = [1.25, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5]  # risen after a quarter of the steps
     assert [row["w"] for row in run["log"]] == w and run["ramp"] == 2
+    assert train("SiT", tmp_path / "ramp", "--steps", 12, *flags)["ramp"] == 2
     (tmp_path / "c.pt").unlink()  # a run that goes on needs it no more
-    again = "--init", tmp_path / "c.pt", "--steps", 12, *flags
+    again = "--init", tmp_path / "c.pt", "--steps", 16, *flags
     assert train("SiT", tmp_path / "ramp", *again)["ramp"] == 2
     run, said = initialized("b", five)
     same(run["model"][key], five.state_dict()[key], atol=1e-6)
