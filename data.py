@@ -467,15 +467,12 @@ def size_of(path):
 
 def describe(args, files, sizes, classes, vae, saved):
     """What DIR/data.json says. UserError: a --size that doesn't fit the VAE, or any patch."""
-    digest = hashlib.sha256()
-    for file, size in zip(files, sizes, strict=True):
-        digest.update(os.fsencode(f"{file}\0{size}\0"))
     counts = Counter(file.split(os.sep)[0] for file in files)
     info = {"kind": "pixels", "shape": [len(files), args.size, args.size, 3], "dtype": "|u1",
             "size": args.size, "flip": not args.no_flip, "classes": classes,
             "counts": [counts[name] for name in classes],
             "source": os.path.abspath(args.folder), "vae": None, "vae_sha256": None,
-            "files": files, "bytes": sizes, "images_sha256": digest.hexdigest()}
+            "files": files, "bytes": sizes}
     factor = models.vae_factor(vae) if vae else 1
     if args.size % (2 * factor):
         raise UserError(f"--size {args.size}: must be a multiple of {2 * factor}, the smallest "
@@ -487,14 +484,17 @@ def describe(args, files, sizes, classes, vae, saved):
         info |= {"kind": "latents", "dtype": "<f2", "vae_sha256": checkpoints.fingerprint(vae),
                  "shape": [len(files), views, 2, vae.config.latent_channels, latent, latent],
                  "vae": os.path.abspath(args.vae) if local else args.vae}
-    if "files" in saved:  # of when it was begun
-        info["images_sha256"] = saved["images_sha256"]
-    elif saved:  # of an earlier edition: no list to compare
+    if not saved:
+        digest = hashlib.sha256()
+        for file, size in zip(files, sizes, strict=True):
+            digest.update(os.fsencode(f"{file}\0{size}\0"))
+        info["images_sha256"] = digest.hexdigest()
+    elif "files" not in saved:  # of an earlier edition: no list to compare
         if Path(args.out, "progress").exists():
             raise UserError(f"{args.out}: was begun by an earlier edition; delete it, or give "
                             "another --out")
-        for key in "files", "images_sha256", "bytes":
-            del info[key]
+        del info["files"]
+        del info["bytes"]
     return info
 
 

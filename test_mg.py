@@ -3141,7 +3141,7 @@ def test_the_readmes_target_is_mg_losss():
     torch.manual_seed(0)
     model = random_model()
     ema = random_model(seed=1)
-    scope = {"model": model, "teacher": ema, "x0": torch.randn(60, 1, 8, 8), "w": 1.7, "steps": 4,
+    scope = {"model": model, "ema": ema, "x0": torch.randn(60, 1, 8, 8), "w": 1.7, "steps": 4,
              "y": torch.randint(10, (60,)), "num_classes": 10}
     got = readme_code(0, **scope)
     draws = {key: got[key] for key in ("noise", "dropped")}
