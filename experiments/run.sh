@@ -247,21 +247,21 @@ mnist_images() {
   command+=" && python data.py out/mnist --size 28 --vae none --no-flip --out out/mnist-28"
   once out/mnist-28.done "$command"
 }
-mnist() {  # the preset, one seed, 1,000 samples
-  local seeds=0 flags="--data out/mnist-28 --eval-samples 1000"
+mnist() {  # half of the preset's steps, one seed, 500 samples
+  local seeds=0 flags="--data out/mnist-28 --eval-samples 500 --steps 4000"
   run mnist-plain train_sit_mg.py $flags --w 1
   run mnist-quarter train_sit_mg.py $flags --teacher online --guide-share 0.25
   run mnist-ema train_sit_mg.py $flags
 }
 mnist_cfg() {
   local seeds=0 real=out/mnist-28
-  for cfg in 1.5 2 2.5; do draw mnist-plain cfg$cfg --cfg $cfg --num-samples 1000; done
+  for cfg in 2 3; do draw mnist-plain cfg$cfg --cfg $cfg --num-samples 500; done
 }
-mnist_finetune() {
+mnist_finetune() {  # best scale 3
   local seeds=0 from=mnist-plain
   for steps in 250 500 1000; do
-    run mnist-fine$steps train_sit_mg.py --data out/mnist-28 --eval-samples 1000 --teacher online \
-      --guide-share 0.25 --steps $steps
+    run mnist-fine$steps train_sit_mg.py --data out/mnist-28 --eval-samples 500 --teacher online \
+      --guide-share 0.25 --w 1.67 --steps $steps
   done
 }
 
