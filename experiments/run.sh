@@ -255,7 +255,7 @@ mnist() {  # half of the preset's steps, one seed, 500 samples
 }
 mnist_cfg() {
   local seeds=0 real=out/mnist-28
-  for cfg in 2 3; do draw mnist-plain cfg$cfg --cfg $cfg --num-samples 500; done
+  for cfg in 2 3 4; do draw mnist-plain cfg$cfg --cfg $cfg --num-samples 500; done
 }
 mnist_finetune() {  # best scale 3
   local seeds=0 from=mnist-plain
@@ -263,6 +263,7 @@ mnist_finetune() {  # best scale 3
     run mnist-fine$steps train_sit_mg.py --data out/mnist-28 --eval-samples 500 --teacher online \
       --guide-share 0.25 --w 1.67 --steps $steps
   done
+  run mnist-fineplain500 train_sit_mg.py --data out/mnist-28 --eval-samples 500 --w 1 --steps 500
 }
 
 parts="quality quality_cfg passes finetune quality_dit quality_dit_cfg passes_dit curves_plain
